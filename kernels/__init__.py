@@ -1,0 +1,1 @@
+"""Triton kernels of the plugin and their torch oracles; installed as `vllm_ouroboros.kernels`."""

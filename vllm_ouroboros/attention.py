@@ -1,0 +1,286 @@
+"""Tree attention on the CPU, exact, over vLLM's paged KV cache.
+
+Rows of a request that branches attend by mask: to the whole context in the cache, to their
+ancestors in the step and to themselves. Everything else (prefill, plain decode, chains) stays on
+vLLM's own C++ kernel. A forward's tree travels as `TreeStep` on the attention metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.kernels.reference import unpack_mask
+
+
+@dataclass
+class KeptKV:
+    """One layer's keys and values of the step's tree rows, and how to write them again."""
+
+    impl: CPUAttentionBackendImpl
+    layer: torch.nn.Module
+    kv_cache: torch.Tensor
+    keys: torch.Tensor  # [tree rows, Hkv, D]
+    values: torch.Tensor  # [tree rows, Hkv, D]
+
+    def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write tree rows int64 [M] to KV slots int64 [M]."""
+        self.impl.do_kv_cache_update(
+            self.layer, self.keys[rows], self.values[rows], self.kv_cache, slots
+        )
+
+
+@dataclass
+class Bucket:
+    """Requests of similar context length, attended in one padded batch.
+
+    Sizes: R requests, Q rows each at most, P pages each at most.
+    """
+
+    rows: torch.Tensor  # int64 [R * Q], index among the tree rows; padding repeats row 0
+    pages: torch.Tensor  # int64 [R * P], blocks of the cache; padding repeats block 0
+    seen: torch.Tensor  # bool [R, Q, P * block_size + Q]
+    valid: torch.Tensor | None  # int64 [*], positions in ``rows`` that are not padding
+    targets: torch.Tensor  # int64 [*], their rows among the tree rows
+
+
+@dataclass
+class TreeStep:
+    """The trees of one forward: what each of its tree rows may see.
+
+    Attributes:
+        rows: int64 [T], rows of the forward that belong to trees, request by request.
+        query_start_loc: list [R + 1], first tree row of each request.
+        context_lens: list [R], tokens of each request in the KV cache before the step.
+        block_table: int32 [R, max_blocks].
+        mask: int32 [T, words], see `kernels.reference.tree_attention`.
+        num_rows: rows of the whole forward.
+        kept: filled by the forward, by layer name.
+    """
+
+    rows: torch.Tensor
+    query_start_loc: list[int]
+    context_lens: list[int]
+    block_table: torch.Tensor
+    mask: torch.Tensor
+    num_rows: int
+    kept: dict[str, KeptKV] = field(default_factory=dict)
+    _buckets: dict[tuple[int, int], list[Bucket]] = field(default_factory=dict)
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether no row of the forward needs the native kernel."""
+        return self.rows.shape[0] == self.num_rows
+
+    def write(self, moves: torch.Tensor) -> None:
+        """Copy accepted rows to their canonical KV slots, in every layer that was run.
+
+        Args:
+            moves: int64 [M, 3] of (request of this step, tree row, position in the text).
+        """
+        if not len(moves) or not self.kept:
+            return
+        requests, rows, positions = moves.unbind(1)
+        block_size = next(iter(self.kept.values())).kv_cache.shape[2]
+        blocks = self.block_table[requests, positions // block_size].long()
+        slots = blocks * block_size + positions % block_size
+        for kept in self.kept.values():
+            kept.write(rows, slots)
+
+    def buckets(self, block_size: int, sliding_window: int) -> list[Bucket]:
+        """Padded batches for one page size and window (-1: none), made once a forward."""
+        key = (block_size, sliding_window)
+        if key not in self._buckets:
+            groups: dict[int, list[int]] = {}
+            for r, context in enumerate(self.context_lens):
+                pages = -(-context // block_size)
+                groups.setdefault(pages.bit_length(), []).append(r)
+            self._buckets[key] = [self._bucket(g, *key) for g in groups.values()]
+        return self._buckets[key]
+
+    def _bucket(self, requests: list[int], block_size: int, sliding_window: int) -> Bucket:
+        starts = torch.tensor([self.query_start_loc[r] for r in requests])
+        ends = torch.tensor([self.query_start_loc[r + 1] for r in requests])
+        contexts = torch.tensor([self.context_lens[r] for r in requests])
+        width = int((ends - starts).max())
+        num_pages = -(-int(contexts.max()) // block_size)
+
+        index = torch.arange(width)
+        real = index < (ends - starts)[:, None]  # [R, Q]
+        rows = torch.where(real, starts[:, None] + index, 0)
+        step = unpack_mask(self.mask[rows.flatten()], width).view(len(requests), width, width)
+        slot = torch.arange(num_pages * block_size)
+        context = (slot < contexts[:, None])[:, None, :]  # [R, 1, P * block_size]
+        if sliding_window > 0:
+            position = contexts[:, None] + step.sum(-1) - 1  # [R, Q]
+            context = context & (slot > position[..., None] - sliding_window)
+            step = step & (position[:, None, :] > position[..., None] - sliding_window)
+        seen = torch.cat([context.expand(-1, width, -1), step], dim=-1)
+        used = torch.arange(num_pages) * block_size < contexts[:, None]
+        table = self.block_table[torch.tensor(requests), :num_pages]
+        pages = torch.where(used, table, 0).long().flatten()
+        everything = bool(real.all())
+        return Bucket(
+            rows=rows.flatten(),
+            pages=pages,
+            seen=seen,
+            valid=None if everything else real.flatten().nonzero().flatten(),
+            targets=rows.flatten() if everything else rows.flatten()[real.flatten()],
+        )
+
+
+class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Keeps the page layout that `TreeAttentionImpl` reads."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.isa == "amx":
+            self.isa = "vec"
+            self._set_isa_to_layers(self.layer_names)
+        check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
+
+
+class TreeAttentionImpl(CPUAttentionBackendImpl):
+    """The CPU implementation, tree rows included."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for name, value in (("ALiBi", self.alibi_slopes), ("attention sinks", self.sinks)):
+            if value is not None:
+                raise ConfigError(f"this model uses {name}, which tree attention cannot do yet")
+
+    def forward(
+        self,
+        layer,
+        query,
+        key,
+        value,
+        kv_cache,
+        attn_metadata,
+        output,
+        output_scale=None,
+        output_block_scale=None,
+    ):
+        """See `CPUAttentionBackendImpl.forward`; shapes as there."""
+        tree = None if attn_metadata is None else getattr(attn_metadata, "tree", None)
+        if tree is None or not tree.covers_all:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+        if tree is None:
+            return output
+        keys, values = key[tree.rows], value[tree.rows]
+        tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
+        result = torch.empty_like(query[tree.rows])
+        for bucket in tree.buckets(kv_cache.shape[2], self.sliding_window):
+            self._attend(bucket, query[tree.rows], keys, values, kv_cache, result)
+        output[tree.rows] = result.view(-1, *output.shape[1:])
+        return output
+
+    def _attend(self, bucket: Bucket, query, keys, values, kv_cache, result) -> None:
+        num_requests, width, _ = bucket.seen.shape
+        num_kv, dim, block_size = self.num_kv_heads, self.head_size, kv_cache.shape[2]
+        group = self.num_heads // num_kv
+        num_pages = bucket.pages.shape[0] // num_requests
+        # [R, Hkv, group * Q, D]; the heads of a group share their keys
+        q = query[bucket.rows].view(num_requests, width, num_kv, group, dim)
+        q = q.permute(0, 2, 3, 1, 4).reshape(num_requests, num_kv, group * width, dim)
+        step_shape = (num_requests, width, num_kv, dim)
+        k_new = keys[bucket.rows].view(step_shape).permute(0, 2, 3, 1)
+        v_new = values[bucket.rows].view(step_shape).transpose(1, 2)
+        key_pages, value_pages = split_pages(kv_cache)
+        pages = (num_requests, num_pages, num_kv)
+        k = key_pages[bucket.pages].view(*pages, dim, block_size)
+        v = value_pages[bucket.pages].view(*pages, block_size, dim)
+
+        scores = torch.cat(
+            [
+                torch.matmul(q[:, None], k).permute(0, 2, 3, 1, 4).flatten(3),
+                torch.matmul(q, k_new),
+            ],
+            dim=-1,
+        ).float()
+        scores *= self.scale
+        if self.logits_soft_cap:
+            scores = self.logits_soft_cap * torch.tanh(scores / self.logits_soft_cap)
+        shape = scores.shape
+        scores = scores.view(num_requests, num_kv, group, width, -1)
+        scores.masked_fill_(~bucket.seen[:, None, None], float("-inf"))
+        weights = scores.view(shape).softmax(-1).to(v.dtype)
+        old, new = weights.split([num_pages * block_size, width], dim=-1)
+        old = old.unflatten(-1, (num_pages, block_size)).permute(0, 3, 1, 2, 4)
+        attended = torch.matmul(new, v_new)
+        if num_pages:
+            attended = attended + torch.matmul(old, v).sum(1)
+        attended = attended.view(num_requests, num_kv, group, width, dim)
+        attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, self.num_heads, dim)
+        if bucket.valid is not None:
+            attended = attended[bucket.valid]
+        result[bucket.targets] = attended
+
+
+class TreeAttentionBackend(CPUAttentionBackend):
+    """Takes the place of ``CPU_ATTN`` in an engine that selected Ouroboros."""
+
+    @staticmethod
+    def get_impl_cls():
+        return TreeAttentionImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return TreeAttentionMetadataBuilder
+
+
+def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a layer's cache as vLLM's "vec" kernels lay it out.
+
+    Args:
+        kv_cache: [num_blocks, Hkv, block_size, 2 * D].
+
+    Returns:
+        Keys [num_blocks, Hkv, D, block_size] and values [num_blocks, Hkv, block_size, D].
+    """
+    num_blocks, num_kv, block_size, double = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
+    keys = halves[:, :, 0].unflatten(-1, (double // 2, block_size))
+    return keys, halves[:, :, 1].unflatten(-1, (block_size, double // 2))
+
+
+def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> None:
+    """Write a page with vLLM's kernel and read it back as `split_pages` does.
+
+    Raises:
+        ConfigError: this CPU's page layout is not the one that tree attention reads.
+    """
+    cache = torch.zeros(2, 1, block_size, 2 * dim, dtype=dtype)
+    keys = torch.randn(block_size, 1, dim).to(dtype)
+    values = torch.randn(block_size, 1, dim).to(dtype)
+    flat = cache.view(2, 1, block_size * 2, dim)
+    slots = torch.arange(block_size, 2 * block_size)
+    ops.cpu_attn_reshape_and_cache(
+        keys, values, *flat.chunk(2, dim=2), slots, isa,
+        k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+    )  # fmt: skip
+    key_pages, value_pages = split_pages(cache)
+    if not (
+        torch.equal(key_pages[1, 0].T, keys[:, 0]) and torch.equal(value_pages[1, 0], values[:, 0])
+    ):
+        raise ConfigError(
+            f"CPU attention kernel {isa!r} ({dtype}, block size {block_size}, head size {dim}) lays "
+            "out KV pages in a way that tree attention does not know; this CPU is not supported"
+        )
+
+
+def attach(attn_metadata: dict, tree: TreeStep) -> None:
+    """Give each distinct metadata object of a forward its tree, as the attribute ``tree``."""
+    for metadata in {id(m): m for m in attn_metadata.values()}.values():
+        metadata.tree = tree

@@ -1,0 +1,145 @@
+"""Command line: ``vllm-ouroboros demo`` and ``vllm-ouroboros doctor``.
+
+Only typer is imported here, so that ``--help`` is quick; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib.metadata import version
+from typing import Annotated, NoReturn
+
+import typer
+
+EXIT_DIFFERENT, EXIT_ERROR = 1, 2
+
+app = typer.Typer(
+    name="vllm-ouroboros",
+    help="Ouroboros speculative decoding for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(str, Enum):
+    """Types of weights and activations that vLLM takes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(EXIT_ERROR)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-ouroboros {version('vllm-ouroboros')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue; repeat for more. Default: the shipped prompts."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Target model: folder or hub id. Default: the shipped one.")
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft model of the same vocabulary, or 'none' to draft from the phrase pool "
+            "alone. Default: the shipped one for the shipped target, else none."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
+    dtype: Annotated[
+        Dtype, typer.Option(help="In 16 bits near-ties between tokens may be decided otherwise.")
+    ] = Dtype.float32,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
+    ] = 3,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours, no progress display.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
+) -> None:
+    """Generate greedily with vanilla vLLM and with Ouroboros, and compare text and speed.
+
+    Exit status: 0 when all outputs are identical, 1 when one differs, 2 on an error.
+    """
+    from vllm_ouroboros import demo as _demo
+
+    try:
+        job = _demo.Job.checked(
+            model=model,
+            draft_model=draft_model,
+            prompts=prompt,
+            max_tokens=max_tokens,
+            dtype=dtype.value,
+            rounds=rounds,
+        )
+        same = _demo.run(job, plain=plain, verbose=verbose)
+    except _demo.DemoError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if same else EXIT_DIFFERENT)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Target model of a planned command line.")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help='Draft model; same as "draft_model" in --config.')
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="JSON object as for --ouroboros-config.", metavar="JSON")
+    ] = None,
+) -> None:
+    """Show versions and platform, and say what would be refused and why.
+
+    Exit status: 0 when nothing is wrong, 1 when there are problems, 2 on an error.
+    """
+    import json
+
+    from vllm_ouroboros import doctor as _doctor
+
+    options: object = None
+    if config is not None:
+        try:
+            options = json.loads(config)
+        except ValueError as error:
+            _fail(f"--config is not JSON ({error}): {config!r}")
+        if not isinstance(options, dict):
+            _fail(f'--config must be a JSON object such as {{"draft_tokens": 8}}, not {config!r}')
+    if draft_model is not None and isinstance(options, dict) and "draft_model" in options:
+        _fail("--draft-model and the draft_model of --config exclude each other")
+    raise typer.Exit(1 if _doctor.run(model, draft_model, options) else 0)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

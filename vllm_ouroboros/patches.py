@@ -1,0 +1,167 @@
+"""Every vLLM symbol that the plugin replaces: all of them pass through unless we are selected.
+
+The rest of the integration goes by vLLM's own extension points: ``worker_cls``, ``scheduler_cls``,
+the attention backend registry and the custom proposer.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ouroboros.compat import SCHEDULER, WORKER, check_engine
+from vllm_ouroboros.config import ConfigError, is_selected
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced symbol.
+
+    Attributes:
+        owner: returns the class that holds the symbol.
+        name: the symbol.
+        wrap: makes the replacement from the original descriptor.
+        why: what breaks without it.
+        upstream: the symbol in vLLM 0.32.
+        remove_when: what would make it unnecessary.
+    """
+
+    owner: Callable[[], type]
+    name: str
+    wrap: Callable[[Any], Any]
+    why: str
+    upstream: str
+    remove_when: str
+
+    def apply(self) -> None:
+        """Install the replacement; refuses to wrap itself."""
+        owner = self.owner()
+        original = owner.__dict__.get(self.name) or _inherited(owner, self.name)
+        if getattr(_function(original), "_ouroboros", False):
+            raise RuntimeError(f"{self.upstream} is patched already")
+        replacement = self.wrap(original)
+        _function(replacement)._ouroboros = True
+        setattr(owner, self.name, replacement)
+
+
+def _inherited(owner: type, name: str) -> Any:
+    return next(base.__dict__[name] for base in owner.__mro__ if name in base.__dict__)
+
+
+def _function(descriptor: Any) -> Any:
+    return getattr(descriptor, "__func__", descriptor)
+
+
+def _platform() -> type:
+    from vllm.platforms import current_platform
+
+    return type(current_platform)
+
+
+def _engine_args() -> type:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs
+
+
+def _wrap_check(original: Any) -> Any:
+    function = _function(original)
+
+    @functools.wraps(function)
+    def check_and_update_config(cls, vllm_config) -> None:
+        if is_selected(vllm_config) and vllm_config.parallel_config.worker_cls != WORKER:
+            problems = check_engine(vllm_config)
+            if problems:
+                raise ConfigError("; ".join(problems))
+            vllm_config.parallel_config.worker_cls = WORKER
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        function(cls, vllm_config)
+
+    return classmethod(check_and_update_config)
+
+
+def _wrap_add_cli_args(original: Any) -> Any:
+    function = _function(original)
+
+    @functools.wraps(function)
+    def add_cli_args(parser):
+        parser = function(parser)
+        group = parser.add_argument_group("Ouroboros", "Speculative decoding by vllm-ouroboros")
+        group.add_argument(
+            "--speculative-model", dest="spec_model", help="The same as --spec-model."
+        )
+        group.add_argument(
+            "--ouroboros-config",
+            type=json.loads,
+            default=None,
+            help="Options of Ouroboros as JSON; merged into --additional-config.",
+        )
+        return parser
+
+    return staticmethod(add_cli_args)
+
+
+def _wrap_from_cli_args(original: Any) -> Any:
+    function = _function(original)
+
+    @functools.wraps(function)
+    def from_cli_args(cls, args):
+        options = getattr(args, "ouroboros_config", None)
+        if options is not None:
+            additional = dict(args.additional_config or {})
+            if not isinstance(options, dict):
+                raise ConfigError(f"--ouroboros-config is {options!r}: pass a JSON object")
+            twice = sorted(options.keys() & additional.get("ouroboros", {}).keys())
+            if twice:
+                raise ConfigError(
+                    f"--ouroboros-config and --additional-config both set {', '.join(twice)}: "
+                    "set each key once"
+                )
+            additional["ouroboros"] = {**additional.get("ouroboros", {}), **options}
+            args.additional_config = additional
+        return function(cls, args)
+
+    return classmethod(from_cli_args)
+
+
+PATCHES = (
+    Patch(
+        owner=_platform,
+        name="check_and_update_config",
+        wrap=_wrap_check,
+        why="choose our worker and scheduler, and refuse what cannot work, without flags",
+        upstream="vllm.platforms.<current>.check_and_update_config",
+        remove_when="a custom proposer can name its worker and scheduler",
+    ),
+    Patch(
+        owner=_engine_args,
+        name="add_cli_args",
+        wrap=_wrap_add_cli_args,
+        why="the flags --speculative-model and --ouroboros-config",
+        upstream="vllm.engine.arg_utils.EngineArgs.add_cli_args",
+        remove_when="general plugins can register flags",
+    ),
+    Patch(
+        owner=_engine_args,
+        name="from_cli_args",
+        wrap=_wrap_from_cli_args,
+        why="--ouroboros-config becomes a part of additional_config",
+        upstream="vllm.engine.arg_utils.EngineArgs.from_cli_args",
+        remove_when="general plugins can register flags",
+    ),
+)
+
+_applied = False
+
+
+def apply_all() -> None:
+    """Install every patch once; later calls do nothing."""
+    global _applied
+    if _applied:
+        return
+    for patch in PATCHES:
+        patch.apply()
+    _applied = True

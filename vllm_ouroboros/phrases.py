@@ -1,0 +1,229 @@
+"""The phrase pool: short continuations, found by the token they follow.
+
+A set-associative cache in preallocated arrays. A key (scope and token) hashes to one set of
+`WAYS` slots; a slot holds up to G phrases of up to β tokens, the newest and most useful first.
+Insert and lookup touch one set: O(WAYS + G·β), whatever the pool holds. A full set evicts the
+key that was used longest ago, so memory never grows.
+
+The functions are compiled and take `PoolArrays`, so that the drafting code can use them inside
+its own compiled loops; `PhrasePool` is the same for Python callers.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+WAYS = 8
+
+
+class PhraseSource(IntEnum):
+    """Where a phrase came from; index into `PoolArrays.inserted`."""
+
+    PROMPT = 0
+    WINDOW = 1
+    VERIFICATION = 2
+    HISTORY = 3
+
+
+class PoolArrays(NamedTuple):
+    """State of a pool with S slots, G phrases a slot, β tokens a phrase."""
+
+    keys: np.ndarray  # int64 [S], scope << 32 | token, or -1
+    stamps: np.ndarray  # int64 [S], time of last use
+    counts: np.ndarray  # int32 [S], phrases in the slot
+    lengths: np.ndarray  # int32 [S, G], tokens of each phrase
+    tokens: np.ndarray  # int32 [S, G, β]
+    clock: np.ndarray  # int64 [1]
+    inserted: np.ndarray  # int64 [4], insertions by PhraseSource
+    hits: np.ndarray  # int64 [2], lookups and those that found a phrase
+
+
+@njit(cache=True, inline="always")
+def _first_slot(num_slots, key):
+    """First slot of the key's set (a 64-bit mix, after splitmix64)."""
+    x = np.uint64(key)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return np.int64(x % np.uint64(num_slots // WAYS)) * WAYS
+
+
+@njit(cache=True)
+def find(pool, scope, token):
+    """Slot of a key, or -1. Marks the key as used."""
+    key = (np.int64(scope) << 32) | np.int64(token)
+    first = _first_slot(pool.keys.shape[0], key)
+    pool.hits[0] += 1
+    for slot in range(first, first + WAYS):
+        if pool.keys[slot] == key:
+            pool.clock[0] += 1
+            pool.stamps[slot] = pool.clock[0]
+            pool.hits[1] += 1
+            return slot
+    return -1
+
+
+@njit(cache=True)
+def _claim(pool, scope, token):
+    """Slot of a key, made by evicting the oldest key of its set if need be."""
+    key = (np.int64(scope) << 32) | np.int64(token)
+    first = _first_slot(pool.keys.shape[0], key)
+    oldest = first
+    for slot in range(first, first + WAYS):
+        if pool.keys[slot] == key:
+            oldest = slot
+            break
+        if pool.stamps[slot] < pool.stamps[oldest]:
+            oldest = slot
+    if pool.keys[oldest] != key:
+        pool.keys[oldest] = key
+        pool.counts[oldest] = 0
+    pool.clock[0] += 1
+    pool.stamps[oldest] = pool.clock[0]
+    return oldest
+
+
+@njit(cache=True)
+def insert(pool, scope, token, phrase, start, length, source):
+    """Put ``phrase[start:start+length]`` first among the phrases of ``token``.
+
+    A phrase that repeats, extends or is the beginning of one already there takes its place; the
+    longer of the two is kept. A new phrase pushes out the last one when the slot is full.
+    """
+    beta = pool.tokens.shape[2]
+    length = min(length, beta)
+    if length <= 0:
+        return
+    slot = _claim(pool, scope, token)
+    count = pool.counts[slot]
+    place = -1
+    for g in range(count):
+        shared = min(length, pool.lengths[slot, g])
+        same = True
+        for i in range(shared):
+            if pool.tokens[slot, g, i] != phrase[start + i]:
+                same = False
+                break
+        if same:
+            place = g
+            break
+    kept = length
+    if place < 0:
+        if count < pool.tokens.shape[1]:
+            pool.counts[slot] = count + 1
+        place = pool.counts[slot] - 1
+    else:
+        kept = max(length, pool.lengths[slot, place])
+    tail = pool.tokens[slot, place].copy()
+    for g in range(place, 0, -1):
+        pool.tokens[slot, g] = pool.tokens[slot, g - 1]
+        pool.lengths[slot, g] = pool.lengths[slot, g - 1]
+    for i in range(length):
+        pool.tokens[slot, 0, i] = phrase[start + i]
+    for i in range(length, kept):
+        pool.tokens[slot, 0, i] = tail[i]
+    pool.lengths[slot, 0] = kept
+    pool.inserted[source] += 1
+
+
+@njit(cache=True)
+def remove(pool, scope, token, phrase, start, length):
+    """Drop the phrase that equals ``phrase[start:start+length]``; True if it was there."""
+    key = (np.int64(scope) << 32) | np.int64(token)
+    first = _first_slot(pool.keys.shape[0], key)
+    for slot in range(first, first + WAYS):
+        if pool.keys[slot] != key:
+            continue
+        for g in range(pool.counts[slot]):
+            if pool.lengths[slot, g] != length:
+                continue
+            same = True
+            for i in range(length):
+                if pool.tokens[slot, g, i] != phrase[start + i]:
+                    same = False
+                    break
+            if same:
+                for h in range(g, pool.counts[slot] - 1):
+                    pool.tokens[slot, h] = pool.tokens[slot, h + 1]
+                    pool.lengths[slot, h] = pool.lengths[slot, h + 1]
+                pool.counts[slot] -= 1
+                return True
+    return False
+
+
+@njit(cache=True)
+def insert_text(pool, scope, text, start, end, source):
+    """Feed ``text[start:end]``: each token becomes a key of what follows it, up to ``end``.
+
+    Returns where the next call must start, so that the phrases which the end of the text cut
+    short grow to β tokens once more text is known.
+    """
+    beta = pool.tokens.shape[2]
+    for i in range(start, end - 1):
+        insert(pool, scope, text[i], text, i + 1, min(beta, end - 1 - i), source)
+    return max(start, end - beta)
+
+
+class PhrasePool:
+    """A pool of at most ``capacity`` keys, rounded up to whole sets.
+
+    Memory in bytes: ``capacity * (20 + G * (4 + 4 * β))``; see `bytes`.
+    """
+
+    def __init__(self, capacity: int, guess_set_size: int, phrase_len: int) -> None:
+        slots = -(-capacity // WAYS) * WAYS
+        self.arrays = PoolArrays(
+            keys=np.full(slots, -1, np.int64),
+            stamps=np.zeros(slots, np.int64),
+            counts=np.zeros(slots, np.int32),
+            lengths=np.zeros((slots, guess_set_size), np.int32),
+            tokens=np.zeros((slots, guess_set_size, phrase_len), np.int32),
+            clock=np.zeros(1, np.int64),
+            inserted=np.zeros(len(PhraseSource), np.int64),
+            hits=np.zeros(2, np.int64),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all arrays; fixed for the life of the pool."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def __len__(self) -> int:
+        """Phrases held now."""
+        return int(self.arrays.counts.sum())
+
+    def insert(self, token: int, phrase, source: PhraseSource, scope: int = 0) -> None:
+        """Put one phrase first among those of ``token`` (cut to β tokens)."""
+        tokens = np.asarray(phrase, np.int32)
+        insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source))
+
+    def remove(self, token: int, phrase, scope: int = 0) -> bool:
+        """Drop one phrase; True if it was there."""
+        tokens = np.asarray(phrase, np.int32)
+        return bool(remove(self.arrays, scope, token, tokens, 0, len(tokens)))
+
+    def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:
+        """Feed a text: every token becomes the key of what follows it."""
+        tokens = np.asarray(text, np.int32)
+        insert_text(self.arrays, scope, tokens, 0, len(tokens), int(source))
+
+    def lookup(self, token: int, scope: int = 0) -> list[tuple[int, ...]]:
+        """The phrases of ``token``, the most useful first."""
+        pool = self.arrays
+        slot = find(pool, scope, token)
+        if slot < 0:
+            return []
+        return [
+            tuple(pool.tokens[slot, g, : pool.lengths[slot, g]].tolist())
+            for g in range(pool.counts[slot])
+        ]
+
+    def inserted(self) -> dict[str, int]:
+        """Insertions by source since the start."""
+        return {s.name.lower(): int(self.arrays.inserted[s]) for s in PhraseSource}

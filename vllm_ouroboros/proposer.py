@@ -1,0 +1,370 @@
+"""`OuroborosProposer`: vLLM's drafting hook. Runs the rounds of drafting and keeps the trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_ouroboros.attention import TreeStep
+from vllm_ouroboros.config import ConfigError, OuroborosConfig
+from vllm_ouroboros.draft_model import DraftModel
+from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.phrases import PhrasePool, PhraseSource
+from vllm_ouroboros.sampler import Verified, can_speculate
+from vllm_ouroboros.stats import Counters, StepClock
+from vllm_ouroboros.tree import DraftTree, ancestor_mask
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+MAX_KNOWN = 16
+"""Tokens that the draft model may catch up on inside a drafting round; more go ahead of it."""
+
+
+@dataclass
+class Request:
+    """What the proposer knows of a live request."""
+
+    slot: int | None  # None while preempted
+    speculates: bool
+    stops: frozenset[int]
+    max_tokens: int
+    tree: DraftTree | None = None
+    origins: list[int] = field(default_factory=list)
+
+
+class OuroborosProposer:
+    """Drafts for a whole batch; built by vLLM's model runner, then bound to it.
+
+    Args:
+        vllm_config: the engine's configuration.
+
+    Raises:
+        ConfigError: ``additional_config["ouroboros"]`` is wrong.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = OuroborosConfig.from_vllm(vllm_config)
+        config, scheduler = self.config, vllm_config.scheduler_config
+        self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.budget: int = vllm_config.num_speculative_tokens
+        self.draft = None
+        if config.draft_model is not None:
+            self.draft = DraftModel(config.draft_model, vllm_config)
+        self.eos = _eos_ids(vllm_config)
+        self.drafting = Drafting(
+            PhrasePool(config.pool_capacity, config.guess_set_size, config.phrase_len),
+            max_requests=scheduler.max_num_seqs,
+            budget=self.budget,
+            draft_tokens=config.draft_tokens,
+            num_suffixes=config.num_suffixes,
+            window_size=config.window_size,
+            max_len=self.draft.max_len if self.draft else self.max_model_len,
+            stops=tuple(sorted(self.eos)),
+        )
+        self.max_rows: int = scheduler.max_num_batched_tokens
+        self.requests: dict[str, Request] = {}
+        self.counters = Counters()
+        self.clock = StepClock()
+        self.tracing = False
+        self.finished_origins: dict[str, list[int]] = {}
+        self._runner: GPUModelRunner | None = None
+
+    def bind(self, runner: GPUModelRunner) -> None:
+        """Tell the proposer which runner it drafts for."""
+        self._runner = runner
+
+    @property
+    def runner(self) -> GPUModelRunner:
+        """The bound runner."""
+        if self._runner is None:
+            raise ConfigError(
+                "OuroborosProposer runs inside our worker only, and this engine has another one: "
+                "leave --worker-cls at auto and let VLLM_PLUGINS include ouroboros"
+            )
+        return self._runner
+
+    def load_model(self, target: torch.nn.Module) -> None:
+        """Load the draft model; called by the runner once the target is loaded."""
+        del target
+        assert self.runner is not None
+        if self.draft is not None:
+            self.draft.load()
+
+    # -- life of a request ---------------------------------------------------------------------
+
+    def admit(self, req_id: str, state: CachedRequestState, num_computed: int) -> None:
+        """A request is new or comes back from preemption with ``num_computed`` tokens cached."""
+        request = self.requests.get(req_id)
+        if request is None:
+            params = state.sampling_params
+            stops: frozenset[int] = frozenset()
+            if params is not None:
+                stops = frozenset(params.stop_token_ids or ())
+                if not params.ignore_eos:
+                    stops |= self.eos
+            request = self.requests[req_id] = Request(
+                slot=self._new_slot(),
+                speculates=can_speculate(params),
+                stops=stops,
+                max_tokens=(params.max_tokens if params else None) or self.max_model_len,
+            )
+        elif request.slot is None:
+            request.slot = self._new_slot()
+        request.tree = None
+        self.drafting.reset(request.slot, num_computed)
+
+    def _new_slot(self) -> int:
+        return self.drafting.add(private=self.config.pool_scope == "request")
+
+    def suspend(self, req_id: str) -> None:
+        """A request is preempted: its KV is gone, it may come back."""
+        request = self.requests.get(req_id)
+        if request is not None and request.slot is not None:
+            self.drafting.release(request.slot)
+            request.slot = None
+
+    def forget(self, req_id: str) -> None:
+        """A request is finished or aborted."""
+        request = self.requests.pop(req_id, None)
+        if request is None:
+            return
+        if request.slot is not None:
+            self.drafting.release(request.slot)
+        if self.tracing:
+            self.finished_origins[req_id] = request.origins
+
+    def tree_of(self, req_id: str, scheduled: list[int]) -> DraftTree | None:
+        """The tree behind the flat tokens that the scheduler gives back.
+
+        The scheduler may have cut the list, or put in one of its own: that one is read as a
+        chain up to the first id that is no token.
+        """
+        request = self.requests.get(req_id)
+        tree = request.tree if request is not None else None
+        if tree is not None and tree.tokens[: len(scheduled)].tolist() == scheduled:
+            return tree.prefix(len(scheduled))
+        valid = next((i for i, token in enumerate(scheduled) if token < 0), len(scheduled))
+        return DraftTree.chain(scheduled[:valid]) if valid else None
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _observe(
+        self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
+    ) -> None:
+        """Learn from the step that was just verified: phrases, counters, valid draft KV."""
+        counters = self.counters
+        for row, tokens in enumerate(emitted):
+            if not tokens:
+                continue
+            req_id = self.runner.input_batch.req_ids[row]
+            request = self.requests[req_id]
+            counters.steps += 1
+            counters.emitted_tokens += len(tokens)
+            sources = [0] * len(tokens)
+            found = verified.get(req_id)
+            if found is not None:
+                root = int(token_ids[row, self.drafting.state.known[request.slot] - 1])
+                self.drafting.learn(request.slot, root, found.tree, found.predicted)
+                sources[: len(found.path)] = found.tree.sources[found.path].tolist()
+                counters.verified_nodes += len(found.tree.tokens)
+                counters.count_accepted(sources)
+            if self.tracing:
+                request.origins.extend(sources)
+            self.drafting.settle(request.slot, tokens)
+            request.tree = None
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings=None,
+    ) -> list[list[int]]:
+        """Draft the next tree of each request of the batch.
+
+        Args:
+            sampled_token_ids: tokens that each request emitted in this step; none for a request
+                in the middle of its prompt.
+            num_tokens_no_spec: int32 [max_num_seqs], committed tokens of each request.
+            token_ids_cpu: int32 [max_num_seqs, max_model_len].
+            slot_mappings: unused; the draft model has its own.
+
+        Returns:
+            The trees' tokens, flat, parents before children.
+        """
+        del slot_mappings
+        with self.clock.phase("propose"):
+            self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)  # type: ignore[attr-defined]
+            drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        self.clock.end_step(len(drafts))
+        return drafts
+
+    def _propose(
+        self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
+    ) -> list[list[int]]:
+        batch = self.runner.input_batch
+        behind: list[tuple[int, int, int]] = []  # slot, row, tokens that must have draft KV
+        slots, rows = [], []
+        for row, (req_id, emitted) in enumerate(
+            zip(batch.req_ids, sampled_token_ids, strict=False)
+        ):
+            request = self.requests[req_id]
+            slot, length = request.slot, int(lengths[row])
+            if not emitted:
+                behind.append((slot, row, self._computed(req_id, row)))
+                continue
+            text = token_ids_cpu[row]
+            if self.drafting.state.fed[slot] == 0:
+                self.drafting.commit(slot, text, length - 1, PhraseSource.PROMPT)
+            self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
+            behind.append((slot, row, length - 1))
+            outputs = length - int(batch.num_prompt_tokens[row])
+            limit = min(self.max_model_len - length, request.max_tokens - outputs) - 1
+            if request.speculates and limit > 0 and emitted[-1] not in request.stops:
+                self.drafting.start(slot, length, limit, self._capacity(row))
+                slots.append(slot)
+                rows.append(row)
+        if self.draft is not None:
+            self._catch_up(behind, token_ids_cpu)
+            self._run_rounds(np.array(slots, np.int64), np.array(rows, np.int64), token_ids_cpu)
+        slots_np, rows_np = np.array(slots, np.int64), np.array(rows, np.int64)
+        self.drafting.build(slots_np, rows_np, token_ids_cpu)
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        for slot, row in zip(slots, rows, strict=True):
+            tree = self.drafting.tree(slot)
+            self.requests[batch.req_ids[row]].tree = tree
+            drafts[row] = tree.tokens.tolist()
+        return drafts
+
+    def _computed(self, req_id: str, row: int) -> int:
+        """Tokens of a request that the target has in its KV cache after this step."""
+        computed = int(self.runner.input_batch.num_computed_tokens_cpu[row])
+        return computed + self.runner.scheduled_tokens[req_id]  # type: ignore[attr-defined]
+
+    def _capacity(self, row: int) -> int:
+        """Positions of a request that have a KV slot."""
+        if self.draft is None:
+            return 0
+        table = self.runner.input_batch.block_table[self.draft.kv_cache_gid]
+        return min(int(table.num_blocks_per_row[row]) * table.block_size, self.draft.max_len)
+
+    def _catch_up(self, behind: list[tuple[int, int, int]], token_ids: np.ndarray) -> None:
+        """Fill draft KV that is too far behind for the rounds, in plain causal forwards."""
+        assert self.draft is not None
+        cached = self.drafting.state.cached
+        chunks: list[list[tuple[int, int, int, int]]] = [[]]
+        room = self.max_rows
+        for slot, row, end in behind:
+            start, end = int(cached[slot]), min(end, self._capacity(row))
+            if end - start <= (0 if self._is_prefill(row, end) else MAX_KNOWN):
+                continue
+            while start < end:
+                take = min(end - start, room)
+                chunks[-1].append((slot, row, start, start + take))
+                start, room = start + take, room - take
+                if room == 0:
+                    chunks.append([])
+                    room = self.max_rows
+        for chunk in filter(None, chunks):
+            lengths = [end - start for _, _, start, end in chunk]
+            positions = np.concatenate([np.arange(s, e) for _, _, s, e in chunk])
+            self._forward(
+                np.array([row for _, row, _, _ in chunk], np.int64),
+                np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
+                positions,
+                positions,
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                np.array([s for _, _, s, _ in chunk], np.int32),
+                None,
+            )
+            for slot, _, _, end in chunk:
+                cached[slot] = end
+
+    def _is_prefill(self, row: int, end: int) -> bool:
+        return end <= int(self.runner.input_batch.num_prompt_tokens[row])
+
+    def _run_rounds(self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Draft chains until every request has enough."""
+        assert self.draft is not None
+        state = self.drafting.state
+        known = state.known[slots]
+        able = known + self.budget < self.draft.max_len
+        # text that the draft model has not caught up on (beyond its KV slots) cannot be extended
+        able &= known - state.cached[slots] <= MAX_KNOWN + 1
+        slots, rows = slots[able], rows[able]
+        while True:
+            active = ~state.done[slots]
+            slots, rows = slots[active], rows[active]
+            if not len(slots):
+                return
+            most = max(1, self.max_rows // (self.drafting.rows_per_request + self.budget + MAX_KNOWN))
+            for first in range(0, len(slots), most):
+                part = slice(first, first + most)
+                self._round(slots[part], rows[part], token_ids)
+
+    def _round(self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """One masked draft forward for some requests."""
+        assert self.draft is not None
+        out, total, wanted = self.drafting.plan(slots, rows, token_ids)
+        widest = int(np.diff(out.query_start_loc).max())
+        mask = np.zeros((total, -(-widest // 32)), np.int32)
+        ancestor_mask(out.parents, out.query_start_loc, mask)
+        tree = TreeStep(
+            rows=torch.arange(total),
+            query_start_loc=out.query_start_loc.tolist(),
+            context_lens=out.context_lens.tolist(),
+            block_table=torch.empty(0),
+            mask=torch.from_numpy(mask),
+            num_rows=total,
+        )
+        hidden = self._forward(
+            rows, out.tokens[:total], out.positions[:total], out.writes[:total],
+            out.query_start_loc, out.context_lens, tree,
+        )  # fmt: skip
+        predicted = np.zeros(total, np.int64)
+        with self.clock.model():
+            wanted_rows = out.logits_rows[:wanted]
+            predicted[wanted_rows] = self.draft.predict(hidden, wanted_rows)
+        tree.write(torch.from_numpy(self.drafting.absorb(slots, out, predicted)))
+
+    def _forward(self, *args) -> torch.Tensor:
+        assert self.draft is not None
+        self.counters.draft_forwards += 1
+        with self.clock.model():
+            return self.draft.forward(self.runner, *args)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compile everything that the first request would otherwise wait for."""
+        if self.draft is not None:
+            self.draft.warm_up(num_tokens)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, flat."""
+        pool = self.drafting.pool
+        flat = self.counters.as_dict()
+        flat["pool_phrases"] = len(pool)
+        flat["pool_hits"] = int(pool.arrays.hits[1])
+        flat["pool_lookups"] = int(pool.arrays.hits[0])
+        flat["pool_bytes"] = pool.bytes
+        flat["tree_bytes"] = self.drafting.bytes
+        for source, count in pool.inserted().items():
+            flat[f"pool_from_{source}"] = count
+        return flat
+
+
+def _eos_ids(vllm_config: VllmConfig) -> frozenset[int]:
+    """Ids that end a text, from the generation config and the model config."""
+    ids: set[int] = set()
+    for source in (
+        vllm_config.model_config.try_get_generation_config(),
+        vllm_config.model_config.hf_text_config.to_dict(),
+    ):
+        value = source.get("eos_token_id")
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)

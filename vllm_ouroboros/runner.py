@@ -1,0 +1,266 @@
+"""The model runner and worker: where trees enter vLLM's step and leave it again.
+
+vLLM's step is kept whole. Five of its stages are extended: after the batch is updated, requests
+are made known to the proposer; after the inputs are prepared, tree nodes get their positions;
+after the attention metadata is built, the tree mask is attached; sampling walks the trees and
+moves the accepted KV; bookkeeping leaves seeded generators of unfinished prompts alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ouroboros.attention import TreeStep, attach
+from vllm_ouroboros.proposer import OuroborosProposer
+from vllm_ouroboros.sampler import Verified, sample, verify
+from vllm_ouroboros.tree import DraftTree, ancestor_mask, depths
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import SamplerOutput
+
+
+class TreeBatch:
+    """The trees of one target forward, in the order of the runner's batch.
+
+    Attributes:
+        trees: the tree of each request, or None.
+        rows: int64 [R], first sampled row of each request among the logits.
+        starts: int64 [R], row of the root of each tree in the forward.
+        branching: requests whose tree is no chain; their rows attend by mask.
+        steps: one `TreeStep` for each KV cache group, once the metadata is built.
+    """
+
+    def __init__(self, trees: list[DraftTree | None], drafted: np.ndarray, ends: np.ndarray):
+        self.trees = trees
+        self.rows = np.cumsum(drafted + 1) - (drafted + 1)
+        self.starts = ends - (drafted + 1)
+        self.branching = [r for r, t in enumerate(trees) if t is not None and not t.is_chain]
+        self.steps: list[TreeStep] = []
+
+    def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows int64 [T] in the forward of all branching trees, their row parents int32 [T]
+        within the request, and the first of each request int32 [R + 1].
+        """
+        sizes = [1 + len(self.trees[r].tokens) for r in self.branching]  # type: ignore[union-attr]
+        query_start_loc = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        rows = np.concatenate([self.starts[r] + np.arange(n) for r, n in zip(self.branching, sizes)])
+        parents = np.concatenate(
+            [np.concatenate([[-1], self.trees[r].parents + 1]) for r in self.branching]  # type: ignore[union-attr]
+        )
+        return rows, parents.astype(np.int32), query_start_loc
+
+
+class OuroborosRunner(CPUModelRunner):
+    """vLLM's runner for the CPU, with tree verification."""
+
+    drafter: OuroborosProposer
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.drafter.bind(self)
+        self.trees: TreeBatch | None = None
+        self.verified: dict[str, Verified] = {}
+        self.scheduled_tokens: dict[str, int] = {}
+
+    def warming_up_model(self) -> None:
+        super().warming_up_model()
+        if self.compilation_config.mode:
+            self.drafter.warm_up(self.max_num_tokens)
+
+    def initialize_kv_cache(self, *args, **kwargs) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        if self.drafter.draft is not None:
+            self.drafter.draft.bind_kv_cache(self)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _on_request_state_removed(self, req_id, req_state) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self.drafter.forget(req_id)
+
+    def _update_states(self, scheduler_output: SchedulerOutput):
+        for req_id in scheduler_output.preempted_req_ids or ():
+            self.drafter.suspend(req_id)
+        result = super()._update_states(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.drafter.admit(new.req_id, self.requests[new.req_id], new.num_computed_tokens)
+        cached = scheduler_output.scheduled_cached_reqs
+        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id in cached.resumed_req_ids:
+                self.drafter.admit(req_id, self.requests[req_id], computed)
+        self.scheduled_tokens = scheduler_output.num_scheduled_tokens
+        return result
+
+    # -- inputs --------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens):
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        req_ids = self.input_batch.req_ids
+        with self.drafter.clock.phase("tree"):
+            flat = [scheduled.get(req_id, []) for req_id in req_ids]
+            trees = [
+                self.drafter.tree_of(req_id, tokens) if tokens else None
+                for req_id, tokens in zip(req_ids, flat, strict=True)
+            ]
+            ends = np.cumsum(num_scheduled_tokens)
+            self.trees = TreeBatch(trees, np.array([len(tokens) for tokens in flat]), ends)
+            total = scheduler_output.total_num_scheduled_tokens
+            if any(-1 in tokens for tokens in flat):
+                self.input_ids.gpu[:total].clamp_(min=0)  # placeholders of vLLM's scheduler
+            if self.trees.branching:
+                rows, parents, query_start_loc = self.trees.layout()
+                depth = np.empty(len(rows), np.int64)
+                depths(parents, query_start_loc, depth)
+                roots = np.repeat(rows[query_start_loc[:-1]], np.diff(query_start_loc))
+                index = torch.from_numpy(rows)
+                self.positions[index] = self.positions[torch.from_numpy(roots)] + torch.from_numpy(
+                    depth
+                )
+        return result
+
+    def _build_attention_metadata(self, *args, **kwargs):
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        trees = self.trees
+        if trees is not None and trees.branching:
+            with self.drafter.clock.phase("tree"):
+                self._attach_trees(trees, metadata)
+        return metadata, common
+
+    def _attach_trees(self, trees: TreeBatch, metadata: dict[str, Any]) -> None:
+        rows, parents, query_start_loc = trees.layout()
+        mask = np.zeros((len(rows), -(-int(np.diff(query_start_loc).max()) // 32)), np.int32)
+        ancestor_mask(parents, query_start_loc, mask)
+        computed = self.input_batch.num_computed_tokens_cpu
+        requests = torch.tensor(trees.branching)
+        draft_layers = set(self.drafter.draft.layer_names) if self.drafter.draft else set()
+        objects: dict[int, dict[str, Any]] = {}
+        for name, built in metadata.items():
+            if name not in draft_layers:
+                objects.setdefault(id(built), {})[name] = built
+        trees.steps = []
+        for layers in objects.values():
+            built = next(iter(layers.values()))
+            step = TreeStep(
+                rows=torch.from_numpy(rows),
+                query_start_loc=query_start_loc.tolist(),
+                context_lens=[int(computed[r]) for r in trees.branching],
+                block_table=built.block_table[requests],
+                mask=torch.from_numpy(mask),
+                num_rows=built.num_actual_tokens,
+            )
+            attach(layers, step)
+            trees.steps.append(step)
+
+    def _model_forward(self, *args, **kwargs):
+        self.drafter.counters.target_forwards += 1
+        with self.drafter.clock.model():
+            return super()._model_forward(*args, **kwargs)
+
+    # -- outputs -------------------------------------------------------------------------------
+
+    def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
+        trees, metadata = self.trees, self.input_batch.sampling_metadata
+        if spec_decode_metadata is None or trees is None:
+            return super()._sample(logits, spec_decode_metadata)
+        self.input_batch.update_async_output_token_ids()
+        req_ids = self.input_batch.req_ids
+        with self.drafter.clock.phase("accept"):
+            # scores that depend on the whole sampling pipeline exist for sampled rows only
+            raw = metadata.max_num_logprobs is None or self.sampler.logprobs_mode.startswith("raw")
+            accept = raw and not metadata.logprob_token_ids
+            stops = [self.drafter.requests[req_id].stops for req_id in req_ids]
+            verified, last = verify(logits, trees.rows, trees.trees, stops, accept)
+            held = [(g, g.get_state()) for g in self._unfinished_generators().values()]
+            output = sample(self.sampler, logits, trees.rows, verified, last, metadata)
+            for generator, state in held:
+                generator.set_state(state)
+        with self.drafter.clock.phase("compact"):
+            self._compact(trees, verified)
+        self.verified = {r: v for r, v in zip(req_ids, verified, strict=True) if v is not None}
+        self.trees = None
+        return output
+
+    def _compact(self, trees: TreeBatch, verified: list[Verified | None]) -> None:
+        """Move the KV of accepted nodes that do not stand in their canonical slot yet."""
+        if not trees.steps:
+            return
+        computed = self.input_batch.num_computed_tokens_cpu
+        moves = []
+        first = 0
+        for index, r in enumerate(trees.branching):
+            found = verified[r]
+            if found is not None:
+                base = int(computed[r]) + 1
+                moves += [
+                    (index, first + 1 + node, base + depth)
+                    for depth, node in enumerate(found.path.tolist())
+                    if node != depth
+                ]
+            first += 1 + len(trees.trees[r].tokens)  # type: ignore[union-attr]
+        if moves:
+            for step in trees.steps:
+                step.write(torch.tensor(moves))
+
+    def _unfinished_generators(self) -> dict[int, torch.Generator]:
+        """Generators of seeded requests in the middle of their prompt: they must not advance."""
+        generators = self.input_batch.generators
+        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
+        return {int(r): generators[int(r)] for r in unfinished if int(r) in generators}
+
+    def _bookkeeping_sync(self, *args, **kwargs):
+        # vLLM rewinds these generators by an offset, which CPU generators do not have: a seeded
+        # request under chunked prefill ends stock 0.32.0. `_sample` has put them back already.
+        held = self._unfinished_generators()
+        for r in held:
+            del self.input_batch.generators[r]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(held)
+
+    def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
+        return common_attn_metadata is not None  # the limits are kept per request
+
+
+class OuroborosCPUWorker(CPUWorker):
+    """vLLM's CPU worker with our runner and attention backend."""
+
+    model_runner: OuroborosRunner
+
+    def init_device(self) -> None:
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
+        )
+        original = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = OuroborosRunner  # type: ignore[misc]
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original  # type: ignore[misc]
+
+    def ouroboros_stats(self) -> dict[str, int]:
+        """Counters; see `OuroborosProposer.stats`."""
+        return self.model_runner.drafter.stats()
+
+    def ouroboros_trace(self, enabled: bool) -> None:
+        """Record for each emitted token who proposed it."""
+        self.model_runner.drafter.tracing = enabled
+
+    def ouroboros_origins(self) -> dict[str, list[int]]:
+        """`NodeSource` of each token of the requests that finished since the last call."""
+        drafter = self.model_runner.drafter
+        done, drafter.finished_origins = drafter.finished_origins, {}
+        return done
+
+    def ouroboros_step_times(self) -> list[dict[str, float]]:
+        """Host seconds by phase of the last steps; see `StepClock`."""
+        return list(self.model_runner.drafter.clock.history)

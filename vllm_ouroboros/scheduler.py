@@ -1,0 +1,27 @@
+"""vLLM's scheduler with KV slots reserved for the draft chain."""
+
+from __future__ import annotations
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_ouroboros.config import OuroborosConfig
+
+
+class OuroborosScheduler(Scheduler):
+    """Reserves slots past the scheduled tokens: the draft model writes KV there.
+
+    ``VllmConfig.num_lookahead_tokens`` knows vLLM's own draft models only and gives 0 for a custom
+    proposer.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        config = OuroborosConfig.from_vllm(self.vllm_config)
+        if config.draft_model is not None:
+            self.num_lookahead_tokens = self.num_spec_tokens + 1
+            tokens = 1 + self.num_spec_tokens + self.num_lookahead_tokens
+            self._spec_decode_step_blocks = sum(
+                cdiv(tokens, manager.block_size)
+                for manager in self.kv_cache_manager.coordinator.single_type_managers
+            )

@@ -1,0 +1,70 @@
+"""Counters of the engine's life, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from vllm_ouroboros.tree import NodeSource
+
+
+@dataclass
+class Counters:
+    """Sums since the engine started; see ``vllm_ouroboros.stats``."""
+
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    steps: int = 0
+    emitted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_from_draft: int = 0
+    accepted_from_suffix: int = 0
+    verified_nodes: int = 0
+
+    def count_accepted(self, sources: list[int]) -> None:
+        """Count the tokens of one step by `NodeSource`."""
+        self.accepted_from_draft += sources.count(NodeSource.DRAFT)
+        self.accepted_from_suffix += sources.count(NodeSource.SUFFIX)
+        self.accepted_tokens = self.accepted_from_draft + self.accepted_from_suffix
+
+    def as_dict(self) -> dict[str, int]:
+        """All counters by name."""
+        return asdict(self)
+
+
+class StepClock:
+    """Host time by phase, in seconds, of the last steps; model forwards are kept apart."""
+
+    def __init__(self, steps: int = 4096) -> None:
+        self.history: deque[dict[str, float]] = deque(maxlen=steps)
+        self._current: dict[str, float] = {}
+        self._model = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block, less the model forwards inside it, to a phase."""
+        start, model = time.perf_counter(), self._model
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start - (self._model - model)
+            self._current[name] = self._current.get(name, 0.0) + spent
+
+    @contextmanager
+    def model(self) -> Iterator[None]:
+        """A block that runs a model forward."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._model += spent
+            self._current["draft_model"] = self._current.get("draft_model", 0.0) + spent
+
+    def end_step(self, batch: int) -> None:
+        """Close the record of a step of ``batch`` requests."""
+        self.history.append({"batch": batch, **self._current})
+        self._current = {}
