@@ -42,14 +42,14 @@ class KeptKV:
 class Bucket:
     """Requests of similar context length, attended in one padded batch.
 
-    Sizes: R requests, Q rows each at most, P pages each at most.
+    Sizes: R requests, Q rows each at most, P pages each at most, S = P * block_size + Q.
     """
 
-    rows: torch.Tensor  # int64 [R * Q], index among the tree rows; padding repeats row 0
+    rows: torch.Tensor | None  # int64 [R * Q] among the tree rows (padding: row 0); None: all
     pages: torch.Tensor  # int64 [R * P], blocks of the cache; padding repeats block 0
-    seen: torch.Tensor  # bool [R, Q, P * block_size + Q]
-    valid: torch.Tensor | None  # int64 [*], positions in ``rows`` that are not padding
-    targets: torch.Tensor  # int64 [*], their rows among the tree rows
+    bias: torch.Tensor  # float32 [R, 1, 1, Q, S], 0 where a row sees a key, else -inf
+    valid: torch.Tensor | None  # int64 [*], positions in ``rows`` that are no padding
+    targets: torch.Tensor | None  # int64 [*], their rows among the tree rows
 
 
 @dataclass
@@ -124,17 +124,16 @@ class TreeStep:
             context = context & (slot > position[..., None] - sliding_window)
             step = step & (position[:, None, :] > position[..., None] - sliding_window)
         seen = torch.cat([context.expand(-1, width, -1), step], dim=-1)
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None, None]
         used = torch.arange(num_pages) * block_size < contexts[:, None]
         table = self.block_table[torch.tensor(requests), :num_pages]
         pages = torch.where(used, table, 0).long().flatten()
-        everything = bool(real.all())
-        return Bucket(
-            rows=rows.flatten(),
-            pages=pages,
-            seen=seen,
-            valid=None if everything else real.flatten().nonzero().flatten(),
-            targets=rows.flatten() if everything else rows.flatten()[real.flatten()],
-        )
+        whole = bool(real.all())
+        if whole and len(requests) == len(self.context_lens):
+            return Bucket(None, pages, bias, None, None)
+        flat = rows.flatten()
+        valid = real.flatten().nonzero().flatten()
+        return Bucket(flat, pages, bias, None if whole else valid, flat[valid])
 
 
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -178,54 +177,59 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             )  # fmt: skip
         if tree is None:
             return output
-        keys, values = key[tree.rows], value[tree.rows]
+        if tree.covers_all:
+            # copies, for the compiled graph around us may reuse the memory of its tensors
+            queries = query[: tree.num_rows]
+            keys, values = (t[: tree.num_rows].contiguous().clone() for t in (key, value))
+        else:
+            queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
         tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
-        result = torch.empty_like(query[tree.rows])
         for bucket in tree.buckets(kv_cache.shape[2], self.sliding_window):
-            self._attend(bucket, query[tree.rows], keys, values, kv_cache, result)
-        output[tree.rows] = result.view(-1, *output.shape[1:])
+            result = self._attend(bucket, queries, keys, values, kv_cache)
+            result = result.view(-1, *output.shape[1:])
+            if bucket.targets is not None:
+                output[tree.rows[bucket.targets]] = result
+            elif tree.covers_all:
+                output[: tree.num_rows] = result
+            else:
+                output[tree.rows] = result
         return output
 
-    def _attend(self, bucket: Bucket, query, keys, values, kv_cache, result) -> None:
-        num_requests, width, _ = bucket.seen.shape
+    def _attend(self, bucket: Bucket, query, key, value, kv_cache) -> torch.Tensor:
+        """Attention of a bucket in float32: [real rows, Hq, D]."""
+        num_requests, width = bucket.bias.shape[0], bucket.bias.shape[3]
         num_kv, dim, block_size = self.num_kv_heads, self.head_size, kv_cache.shape[2]
         group = self.num_heads // num_kv
         num_pages = bucket.pages.shape[0] // num_requests
-        # [R, Hkv, group * Q, D]; the heads of a group share their keys
-        q = query[bucket.rows].view(num_requests, width, num_kv, group, dim)
-        q = q.permute(0, 2, 3, 1, 4).reshape(num_requests, num_kv, group * width, dim)
-        step_shape = (num_requests, width, num_kv, dim)
-        k_new = keys[bucket.rows].view(step_shape).permute(0, 2, 3, 1)
-        v_new = values[bucket.rows].view(step_shape).transpose(1, 2)
-        key_pages, value_pages = split_pages(kv_cache)
-        pages = (num_requests, num_pages, num_kv)
-        k = key_pages[bucket.pages].view(*pages, dim, block_size)
-        v = value_pages[bucket.pages].view(*pages, block_size, dim)
+        if bucket.rows is not None:
+            query, key, value = (t.index_select(0, bucket.rows) for t in (query, key, value))
 
-        scores = torch.cat(
-            [
-                torch.matmul(q[:, None], k).permute(0, 2, 3, 1, 4).flatten(3),
-                torch.matmul(q, k_new),
-            ],
-            dim=-1,
-        ).float()
-        scores *= self.scale
+        context = num_pages * block_size
+        length = context + width
+        k = torch.empty(num_requests, num_kv, dim, length)
+        v = torch.empty(num_requests, num_kv, length, dim)
+        if num_pages:
+            key_pages, value_pages = split_pages(kv_cache)
+            pages = (num_requests, num_pages, num_kv)
+            old = key_pages.index_select(0, bucket.pages).view(*pages, dim, block_size)
+            k[..., :context].unflatten(-1, (num_pages, block_size)).copy_(old.permute(0, 2, 3, 1, 4))
+            old = value_pages.index_select(0, bucket.pages).view(*pages, block_size, dim)
+            v[:, :, :context].unflatten(2, (num_pages, block_size)).copy_(old.transpose(1, 2))
+        step = (num_requests, width, num_kv, dim)
+        k[..., context:].copy_(key.view(step).permute(0, 2, 3, 1))
+        v[:, :, context:].copy_(value.view(step).transpose(1, 2))
+
+        # the heads of a group share their keys: [R, Hkv, group * Q, D]
+        q = query.view(num_requests, width, num_kv, group, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(num_requests, num_kv, group * width, dim).float() * self.scale
+        scores = torch.matmul(q, k)
         if self.logits_soft_cap:
             scores = self.logits_soft_cap * torch.tanh(scores / self.logits_soft_cap)
-        shape = scores.shape
-        scores = scores.view(num_requests, num_kv, group, width, -1)
-        scores.masked_fill_(~bucket.seen[:, None, None], float("-inf"))
-        weights = scores.view(shape).softmax(-1).to(v.dtype)
-        old, new = weights.split([num_pages * block_size, width], dim=-1)
-        old = old.unflatten(-1, (num_pages, block_size)).permute(0, 3, 1, 2, 4)
-        attended = torch.matmul(new, v_new)
-        if num_pages:
-            attended = attended + torch.matmul(old, v).sum(1)
-        attended = attended.view(num_requests, num_kv, group, width, dim)
-        attended = attended.permute(0, 3, 1, 2, 4).reshape(-1, self.num_heads, dim)
-        if bucket.valid is not None:
-            attended = attended[bucket.valid]
-        result[bucket.targets] = attended
+        scores.view(num_requests, num_kv, group, width, length).add_(bucket.bias)
+        result = torch.matmul(scores.softmax(-1), v)
+        result = result.view(num_requests, num_kv, group, width, dim).permute(0, 3, 1, 2, 4)
+        result = result.reshape(-1, self.num_heads, dim)
+        return result if bucket.valid is None else result.index_select(0, bucket.valid)
 
 
 class TreeAttentionBackend(CPUAttentionBackend):

@@ -77,7 +77,9 @@ def demo(
     rounds: Annotated[
         int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
     ] = 3,
-    plain: Annotated[bool, typer.Option("--plain", help="No colours, no progress display.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="No colours, no progress display.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
 ) -> None:
     """Generate greedily with vanilla vLLM and with Ouroboros, and compare text and speed.

@@ -1,12 +1,13 @@
 """One engine of the demo, in a process of its own: only one engine may be alive at a time.
 
-`serve` is the child's entry point. It reports to the parent through a connection: pairs of a kind
+`main` is the child's entry point. It reports to the parent through a connection: pairs of a kind
 ("phase", "done", "result" or "error") and a value.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import sys
@@ -15,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -92,14 +92,11 @@ def match_origins(origins: dict[str, list[int]], request_id: str, length: int) -
     return (list(found) + [0] * length)[:length]
 
 
-def serve(job: EngineJob, events: Connection, environ: dict[str, str], log: str | None) -> None:
-    """Run one engine; its output goes to the file ``log``, or to stderr if that is None."""
-    os.setsid()  # the parent ends this process and all of vLLM's as one group
+def main(events_fd: int) -> None:
+    """Run the pickled `EngineJob` of stdin; leads its session, and the parent keeps stdin open."""
+    events = Connection(events_fd, readable=False)
+    job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(environ)
-    sink = os.open(log, os.O_WRONLY | os.O_APPEND) if log else os.dup(2)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
     try:
         events.send(("result", _generate(job, events)))
     except Exception as error:
@@ -109,10 +106,9 @@ def serve(job: EngineJob, events: Connection, environ: dict[str, str], log: str 
 
 
 def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os.killpg(0, signal.SIGKILL)
+    while os.read(0, 1):  # ends when the parent does
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def _generate(job: EngineJob, events: Connection) -> EngineResult:
@@ -209,12 +205,18 @@ def first_cause(log: str) -> str | None:
         message = re.sub(r"^(\(\w+ pid=\d+\) ?)?(ERROR [^\]]*\] ?)?", "", line)
         match = re.match(r"(?:\w+\.)*(\w+(?:Error|Exception)): (.+)", message)
         if match and "Engine core initialization failed" not in message:
-            return f"{match[1]}: {match[2]}"
+            return _cut(f"{match[1]}: {match[2]}")
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """Name and message of an error, without line breaks and pydantic's link."""
+    """Name and message of an error, without line breaks and pydantic's details."""
     lines = [line.strip() for line in str(error).splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith("For further"))
-    return f"{type(error).__name__}: {text}"
+    text = re.sub(r" \[type=\w+, input_value=.*", "", text)
+    text = re.sub(r"^1 validation error for \w+ (Value error, )?", "", text)
+    return _cut(f"{type(error).__name__}: {text}")
+
+
+def _cut(text: str, length: int = 400) -> str:
+    return text if len(text) <= length else text[: length - 4] + " ..."

@@ -218,7 +218,10 @@ def _absorb(req, pool, slots, out, predicted, draft_tokens, stops, moves):
 
 @njit(cache=True)
 def _build(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
-    """Fill the trees: the chain, K suffixes at its end, phrases at the root with what is left.
+    """Fill the trees: the chain, up to K suffixes at its end, phrases at the root with the rest.
+
+    Phrases that stood in text or that the target confirmed come before guesses of the window, at
+    either place.
 
     A request without a drafted chain gets one from the pool: the best phrase, then the best
     phrase of its last token, and so on.
@@ -242,26 +245,24 @@ def _build(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops)
             )  # fmt: skip
             if size == before:
                 break
-        key = tokens[end] if end >= 0 else root
+        last = tokens[end] if end >= 0 else root
         ended = False
         for stop in stops:
-            ended = ended or key == stop
-        if num_suffixes > 0:
-            for place in range(2):
-                at = end if place == 0 else ROOT
-                if place == 0 and ended:
-                    continue
-                slot = find(pool, scope, key if place == 0 else root)
-                if slot < 0:
+            ended = ended or last == stop
+        for guessed in (False, True):
+            for at, key in ((end, last), (ROOT, root)):
+                slot = find(pool, scope, key)
+                if num_suffixes == 0 or slot < 0 or (at == end and ended):
                     continue
                 count = pool.counts[slot]
-                if place == 0:
+                if at == end:
                     count = min(count, num_suffixes)
                 for g in range(count):
-                    size, _ = grow(
-                        tokens, parents, sources, size, limit,
-                        at, pool.tokens[slot, g], 0, pool.lengths[slot, g], _SUFFIX,
-                    )  # fmt: skip
+                    if (pool.sources[slot, g] == _WINDOW) == guessed:
+                        size, _ = grow(
+                            tokens, parents, sources, size, limit,
+                            at, pool.tokens[slot, g], 0, pool.lengths[slot, g], _SUFFIX,
+                        )  # fmt: skip
         req.size[s] = size
 
 

@@ -1,7 +1,8 @@
 """The phrase pool: short continuations, found by the token they follow.
 
 A set-associative cache in preallocated arrays. A key (scope and token) hashes to one set of
-`WAYS` slots; a slot holds up to G phrases of up to β tokens, the newest and most useful first.
+`WAYS` slots; a slot holds up to G phrases of up to β tokens: first those that stood in real text
+or that the target confirmed, then guesses of the Jacobi window, both newest first.
 Insert and lookup touch one set: O(WAYS + G·β), whatever the pool holds. A full set evicts the
 key that was used longest ago, so memory never grows.
 
@@ -29,6 +30,9 @@ class PhraseSource(IntEnum):
     HISTORY = 3
 
 
+_WINDOW = int(PhraseSource.WINDOW)
+
+
 class PoolArrays(NamedTuple):
     """State of a pool with S slots, G phrases a slot, β tokens a phrase."""
 
@@ -36,6 +40,7 @@ class PoolArrays(NamedTuple):
     stamps: np.ndarray  # int64 [S], time of last use
     counts: np.ndarray  # int32 [S], phrases in the slot
     lengths: np.ndarray  # int32 [S, G], tokens of each phrase
+    sources: np.ndarray  # int8 [S, G], PhraseSource
     tokens: np.ndarray  # int32 [S, G, β]
     clock: np.ndarray  # int64 [1]
     inserted: np.ndarray  # int64 [4], insertions by PhraseSource
@@ -91,13 +96,14 @@ def _claim(pool, scope, token):
 
 @njit(cache=True)
 def insert(pool, scope, token, phrase, start, length, source):
-    """Put ``phrase[start:start+length]`` first among the phrases of ``token``.
+    """Put ``phrase[start:start+length]`` among the phrases of ``token``.
 
-    A phrase that repeats, extends or is the beginning of one already there takes its place; the
-    longer of the two is kept. A new phrase pushes out the last one when the slot is full.
+    It becomes the first; a guess of the window only the first of the guesses. A phrase that
+    repeats, extends or is the beginning of one already there takes its place: the longer of the
+    two is kept, and a guess never moves a phrase that is none. A new phrase pushes out the last
+    one when the slot is full, unless it is a guess and the slot holds none.
     """
-    beta = pool.tokens.shape[2]
-    length = min(length, beta)
+    length = min(length, pool.tokens.shape[2])
     if length <= 0:
         return
     slot = _claim(pool, scope, token)
@@ -113,6 +119,12 @@ def insert(pool, scope, token, phrase, start, length, source):
         if same:
             place = g
             break
+    target = 0
+    if source == _WINDOW:
+        while target < count and pool.sources[slot, target] != _WINDOW:
+            target += 1
+        if (place >= 0 and place < target) or target == pool.tokens.shape[1]:
+            return
     kept = length
     if place < 0:
         if count < pool.tokens.shape[1]:
@@ -121,14 +133,16 @@ def insert(pool, scope, token, phrase, start, length, source):
     else:
         kept = max(length, pool.lengths[slot, place])
     tail = pool.tokens[slot, place].copy()
-    for g in range(place, 0, -1):
+    for g in range(place, target, -1):
         pool.tokens[slot, g] = pool.tokens[slot, g - 1]
         pool.lengths[slot, g] = pool.lengths[slot, g - 1]
+        pool.sources[slot, g] = pool.sources[slot, g - 1]
     for i in range(length):
-        pool.tokens[slot, 0, i] = phrase[start + i]
+        pool.tokens[slot, target, i] = phrase[start + i]
     for i in range(length, kept):
-        pool.tokens[slot, 0, i] = tail[i]
-    pool.lengths[slot, 0] = kept
+        pool.tokens[slot, target, i] = tail[i]
+    pool.lengths[slot, target] = kept
+    pool.sources[slot, target] = source
     pool.inserted[source] += 1
 
 
@@ -152,6 +166,7 @@ def remove(pool, scope, token, phrase, start, length):
                 for h in range(g, pool.counts[slot] - 1):
                     pool.tokens[slot, h] = pool.tokens[slot, h + 1]
                     pool.lengths[slot, h] = pool.lengths[slot, h + 1]
+                    pool.sources[slot, h] = pool.sources[slot, h + 1]
                 pool.counts[slot] -= 1
                 return True
     return False
@@ -173,7 +188,7 @@ def insert_text(pool, scope, text, start, end, source):
 class PhrasePool:
     """A pool of at most ``capacity`` keys, rounded up to whole sets.
 
-    Memory in bytes: ``capacity * (20 + G * (4 + 4 * β))``; see `bytes`.
+    Memory in bytes: ``capacity * (20 + G * (5 + 4 * β))``; see `bytes`.
     """
 
     def __init__(self, capacity: int, guess_set_size: int, phrase_len: int) -> None:
@@ -183,6 +198,7 @@ class PhrasePool:
             stamps=np.zeros(slots, np.int64),
             counts=np.zeros(slots, np.int32),
             lengths=np.zeros((slots, guess_set_size), np.int32),
+            sources=np.zeros((slots, guess_set_size), np.int8),
             tokens=np.zeros((slots, guess_set_size, phrase_len), np.int32),
             clock=np.zeros(1, np.int64),
             inserted=np.zeros(len(PhraseSource), np.int64),
@@ -199,7 +215,7 @@ class PhrasePool:
         return int(self.arrays.counts.sum())
 
     def insert(self, token: int, phrase, source: PhraseSource, scope: int = 0) -> None:
-        """Put one phrase first among those of ``token`` (cut to β tokens)."""
+        """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)
         insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source))
 

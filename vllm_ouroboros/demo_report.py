@@ -1,0 +1,175 @@
+"""What the demo shows: texts with their origins, then speeds and counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from vllm_ouroboros.demo_engine import EngineResult, Generation
+
+if TYPE_CHECKING:
+    from vllm_ouroboros.demo import Job
+
+NAMES = {"vanilla": "vanilla vLLM", "ouroboros": "Ouroboros"}
+ORIGINS = (("target", "yellow"), ("draft model", "green"), ("suffix phrase", "bold magenta"))
+LOOP_NGRAM, LOOP_COUNT = 4, 8  # a text loops if one 4-gram occurs more than 8 times
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt through both engines."""
+
+    id: str
+    prompt: str
+    vanilla: Generation
+    ouroboros: Generation
+
+    @property
+    def identical(self) -> bool:
+        """Whether every pass of both engines gave the same tokens."""
+        expected = self.vanilla.token_ids[0]
+        return all(ids == expected for ids in self.vanilla.token_ids + self.ouroboros.token_ids)
+
+    @property
+    def loops(self) -> bool:
+        """Whether the text repeats itself, which flatters any speculative decoder."""
+        ids = self.vanilla.token_ids[0]
+        grams = Counter(tuple(ids[i : i + LOOP_NGRAM]) for i in range(len(ids) - LOOP_NGRAM + 1))
+        return max(grams.values(), default=0) > LOOP_COUNT
+
+    def tokens(self, engine: str) -> int:
+        """Tokens of one pass of an engine ("vanilla" or "ouroboros")."""
+        return len(getattr(self, engine).token_ids[0])
+
+    def seconds(self, engine: str) -> float:
+        """Time of one pass of an engine."""
+        return float(getattr(self, engine).seconds)
+
+
+def show_report(console: Console, job: Job, vanilla: EngineResult, ouroboros: EngineResult) -> bool:
+    """Show everything on the console; True if all outputs are identical."""
+    rows = [
+        Comparison(name, prompt, *pair)
+        for (name, prompt), *pair in zip(
+            job.prompts, vanilla.generations, ouroboros.generations, strict=True
+        )
+    ]
+    for row in rows:
+        _show_text(console, row)
+    _show_prompts(console, rows)
+    _show_totals(console, job, rows, ouroboros)
+    return all(row.identical for row in rows)
+
+
+def _show_text(console: Console, row: Comparison) -> None:
+    """Prompt and text, each token in the colour of its origin, and what it is made of."""
+    console.print(Rule(row.id, style="dim", align="left"))
+    text = Text().append(row.prompt, style="dim")
+    for piece, origin in zip(row.ouroboros.pieces, row.ouroboros.origins, strict=True):
+        text.append(piece, style=ORIGINS[origin][1])
+    console.print(text, soft_wrap=True)
+    counts = Counter(row.ouroboros.origins)
+    legend = Text("\n")
+    for origin, (name, style) in enumerate(ORIGINS):
+        legend.append("■ ", style=style)
+        legend.append(f"{name} {counts[origin]}   ")
+    if row.identical:
+        legend.append("identical")
+    else:
+        legend.append("DIFFERENT", style="bold red")
+    console.print(legend)
+    if not row.identical:
+        _show_difference(console, row)
+    console.print()
+
+
+def _show_difference(console: Console, row: Comparison) -> None:
+    expected = row.vanilla.token_ids[0]
+    for name in ("vanilla", "ouroboros"):
+        for number, ids in enumerate(getattr(row, name).token_ids):
+            if ids == expected:
+                continue
+            at = 0
+            while ids[at : at + 1] == expected[at : at + 1]:
+                at += 1
+            console.print(
+                f"{NAMES[name]}, pass {number}: token {at} is {ids[at : at + 1]}, "
+                f"vanilla's first pass has {expected[at : at + 1]}",
+                style="red",
+            )
+
+
+def _show_prompts(console: Console, rows: Sequence[Comparison]) -> None:
+    table = Table(title="Each prompt, tokens/s", title_justify="left", box=None, pad_edge=False)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+    for heading in ("tokens", NAMES["vanilla"], NAMES["ouroboros"], "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("output")
+    for row in rows:
+        speeds = _speeds([row])
+        output = "identical" if row.identical else "DIFFERENT"
+        table.add_row(
+            row.id,
+            str(row.tokens("vanilla")),
+            f"{speeds['vanilla']:.1f}",
+            f"{speeds['ouroboros']:.1f}",
+            f"{speeds['ouroboros'] / speeds['vanilla']:.2f}",
+            output + (", loops" if row.loops else ""),
+        )
+    console.print(table)
+    console.print()
+
+
+def _show_totals(
+    console: Console, job: Job, rows: Sequence[Comparison], ouroboros: EngineResult
+) -> None:
+    speeds = _speeds(rows)
+    tokens = sum(row.tokens("ouroboros") for row in rows)
+    forwards = ouroboros.counters["target_forwards"] / job.rounds
+    drafts = ouroboros.counters["draft_forwards"] / job.rounds
+    same = sum(row.identical for row in rows)
+    table = Table(title="All prompts", title_justify="left", box=None, pad_edge=False)
+    table.add_column("engine")
+    for heading in (
+        "tokens/s", "ratio", "tokens per target forward", "draft forwards per token",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    table.add_column("output")
+    table.add_row(NAMES["vanilla"], f"{speeds['vanilla']:.1f}", "1.00", "1.00", "0.00", "")
+    table.add_row(
+        NAMES["ouroboros"],
+        f"{speeds['ouroboros']:.1f}",
+        f"{speeds['ouroboros'] / speeds['vanilla']:.2f}",
+        f"{tokens / forwards:.2f}" if forwards else "-",
+        f"{drafts / tokens:.2f}" if tokens else "-",
+        "identical" if same == len(rows) else f"DIFFERENT in {len(rows) - same} of {len(rows)}",
+    )
+    console.print(table)
+    straight = [row for row in rows if not row.loops]
+    if straight and len(straight) < len(rows):
+        speeds = _speeds(straight)
+        console.print(
+            f"Without the prompts whose text loops: ratio "
+            f"{speeds['ouroboros'] / speeds['vanilla']:.2f}."
+        )
+    console.print(
+        f"Greedy, {job.dtype}, at most {job.max_tokens} tokens a prompt, one request at a time, "
+        f"median of {job.rounds} passes, each from an empty phrase pool.",
+        style="dim",
+    )
+
+
+def _speeds(rows: Sequence[Comparison]) -> dict[str, float]:
+    """Tokens per second of each engine over some prompts."""
+    return {
+        engine: sum(row.tokens(engine) for row in rows)
+        / max(sum(row.seconds(engine) for row in rows), 1e-9)
+        for engine in NAMES
+    }
