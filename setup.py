@@ -1,4 +1,4 @@
-"""Package metadata. Tool settings (pytest, ruff, mypy, import-linter) live in pyproject.toml."""
+"""Package metadata; the settings of pytest, ruff, mypy and import-linter are in pyproject.toml."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ VLLM = "0.32.0"
 setup(
     name="vllm-ouroboros",
     version="0.1.0",
-    description="Ouroboros speculative decoding (phrase-level drafting, tree verification) for vLLM",
+    description="Ouroboros speculative decoding for vLLM: drafts of phrases, verified as a tree",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -28,8 +28,8 @@ setup(
     ],
     keywords=["vllm", "speculative decoding", "lookahead decoding", "inference"],
     python_requires=">=3.10",
-    # A top-level package called `kernels` would shadow the one that transformers imports, so the
-    # folder is known to Python under `vllm_ouroboros.kernels` only.
+    # A top-level package called `kernels` would shadow the one that transformers imports, so
+    # Python knows the folder as `vllm_ouroboros.kernels` only.
     packages=["vllm_ouroboros", "vllm_ouroboros.kernels"],
     package_dir={"vllm_ouroboros.kernels": "kernels"},
     package_data={
@@ -62,11 +62,11 @@ setup(
         "dev": [
             "httpx",
             "hypothesis",
-            "import-linter",
-            "mypy",
-            "pytest",
+            "import-linter~=2.16",
+            "mypy~=2.4.1",
+            "pytest>=8",
             "pytest-timeout",
-            "ruff",
+            "ruff~=0.17.5",
         ],
     },
     entry_points={

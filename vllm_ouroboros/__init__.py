@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vllm_ouroboros.proposer import OuroborosProposer
 
 __version__ = "0.1.0"
-__all__ = ["OuroborosProposer", "__version__", "stats", "take_origins", "trace"]
+__all__ = ["OuroborosProposer", "__version__", "reset_pool", "stats", "take_origins", "trace"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +33,11 @@ def stats(llm: Any) -> dict[str, int]:
         ``tree_bytes``.
     """
     return llm.collective_rpc("ouroboros_stats")[0]
+
+
+def reset_pool(llm: Any) -> None:
+    """Forget all phrases; counters and running requests go on."""
+    llm.collective_rpc("ouroboros_reset_pool")
 
 
 def trace(llm: Any, enabled: bool = True) -> None:

@@ -139,6 +139,8 @@ class TreeStep:
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the page layout that `TreeAttentionImpl` reads."""
 
+    isa: str
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.isa == "amx":
@@ -186,7 +188,7 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
         tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
         for bucket in tree.buckets(kv_cache.shape[2], self.sliding_window):
             result = self._attend(bucket, queries, keys, values, kv_cache)
-            result = result.view(-1, *output.shape[1:])
+            result = result.view(-1, *output.shape[1:]).to(output.dtype)
             if bucket.targets is not None:
                 output[tree.rows[bucket.targets]] = result
             elif tree.covers_all:
@@ -212,7 +214,9 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             key_pages, value_pages = split_pages(kv_cache)
             pages = (num_requests, num_pages, num_kv)
             old = key_pages.index_select(0, bucket.pages).view(*pages, dim, block_size)
-            k[..., :context].unflatten(-1, (num_pages, block_size)).copy_(old.permute(0, 2, 3, 1, 4))
+            k[..., :context].unflatten(-1, (num_pages, block_size)).copy_(
+                old.permute(0, 2, 3, 1, 4)
+            )
             old = value_pages.index_select(0, bucket.pages).view(*pages, block_size, dim)
             v[:, :, :context].unflatten(2, (num_pages, block_size)).copy_(old.transpose(1, 2))
         step = (num_requests, width, num_kv, dim)
@@ -279,8 +283,8 @@ def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> Non
         torch.equal(key_pages[1, 0].T, keys[:, 0]) and torch.equal(value_pages[1, 0], values[:, 0])
     ):
         raise ConfigError(
-            f"CPU attention kernel {isa!r} ({dtype}, block size {block_size}, head size {dim}) lays "
-            "out KV pages in a way that tree attention does not know; this CPU is not supported"
+            f"CPU attention kernel {isa!r} ({dtype}, block size {block_size}, head size {dim}) "
+            "lays out KV pages in a way that tree attention does not know: this CPU cannot be used"
         )
 
 

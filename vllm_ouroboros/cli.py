@@ -122,10 +122,11 @@ def doctor(
     Exit status: 0 when nothing is wrong, 1 when there are problems, 2 on an error.
     """
     import json
+    from typing import Any
 
     from vllm_ouroboros import doctor as _doctor
 
-    options: object = None
+    options: dict[str, Any] = {}
     if config is not None:
         try:
             options = json.loads(config)
@@ -133,7 +134,7 @@ def doctor(
             _fail(f"--config is not JSON ({error}): {config!r}")
         if not isinstance(options, dict):
             _fail(f'--config must be a JSON object such as {{"draft_tokens": 8}}, not {config!r}')
-    if draft_model is not None and isinstance(options, dict) and "draft_model" in options:
+    if draft_model is not None and "draft_model" in options:
         _fail("--draft-model and the draft_model of --config exclude each other")
     raise typer.Exit(1 if _doctor.run(model, draft_model, options) else 0)
 

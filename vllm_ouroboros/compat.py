@@ -140,8 +140,7 @@ def check_draft(draft: str, target: ModelConfig) -> list[str]:
             trust_remote_code=target.trust_remote_code,
         )  # fmt: skip
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        return [f"{key} cannot be loaded: {first.strip()}"]
+        return [f"{key} cannot be loaded: {reason(error)}"]
     if model.get_vocab_size() != target.get_vocab_size():
         return [
             f"{key} has a vocabulary of {model.get_vocab_size()} tokens, the target "
@@ -168,6 +167,14 @@ def _compare_tokenizers(key: str, draft: Path, target: Path) -> list[str]:
     ]
 
 
+def reason(error: Exception) -> str:
+    """What an exception says, in one line (the first of pydantic's says nothing)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        lines = lines[1:]
+    return lines[0].split(" [type=")[0] if lines else repr(error)
+
+
 def check_models(target: str, draft: str | None, config: dict[str, Any]) -> list[str]:
     """Problems of a planned command line, without starting an engine."""
     from vllm.config import ModelConfig
@@ -179,8 +186,7 @@ def check_models(target: str, draft: str | None, config: dict[str, Any]) -> list
     try:
         model = ModelConfig(model=target)
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        return [f"model = {target!r} cannot be loaded: {first.strip()}"]
+        return [f"model = {target!r} cannot be loaded: {reason(error)}"]
     problems = check_model("model", model)
     if parsed.draft_model is not None:
         problems += check_draft(parsed.draft_model, model)

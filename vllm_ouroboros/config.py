@@ -65,7 +65,7 @@ class OuroborosConfig(BaseModel):
         for key in ("pool_path", "adaptive"):
             if getattr(config, key):
                 raise ConfigError(
-                    f"ouroboros.{key} = {options[key]!r}: not available in this version, leave it out"
+                    f"ouroboros.{key} = {options[key]!r}: not available yet, leave it out"
                 )
         return config
 
@@ -81,8 +81,8 @@ class OuroborosConfig(BaseModel):
         if num_speculative_tokens < self.draft_tokens:
             raise ConfigError(
                 f"num_speculative_tokens = {num_speculative_tokens} is the node budget of a "
-                f"request's tree and must be at least ouroboros.draft_tokens = {self.draft_tokens}: "
-                "raise the one or lower the other"
+                f"request's tree and must be at least ouroboros.draft_tokens = "
+                f"{self.draft_tokens}: raise the one or lower the other"
             )
 
 

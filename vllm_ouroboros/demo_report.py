@@ -161,7 +161,7 @@ def _show_totals(
         )
     console.print(
         f"Greedy, {job.dtype}, at most {job.max_tokens} tokens a prompt, one request at a time, "
-        f"median of {job.rounds} passes, each from an empty phrase pool.",
+        f"timed passes: {job.rounds} (median), each from an empty phrase pool.",
         style="dim",
     )
 

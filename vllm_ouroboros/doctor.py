@@ -22,7 +22,7 @@ from rich.table import Table
 GROUP, NAME = "vllm.general_plugins", "ouroboros"
 
 
-def run(model: str | None, draft_model: str | None, config: dict[str, Any] | None) -> bool:
+def run(model: str | None, draft_model: str | None, config: dict[str, Any]) -> bool:
     """Show the report; True if there are problems."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.disable(logging.WARNING)
@@ -43,7 +43,7 @@ def run(model: str | None, draft_model: str | None, config: dict[str, Any] | Non
 
 
 def examine(
-    model: str | None, draft_model: str | None, config: dict[str, Any] | None
+    model: str | None, draft_model: str | None, config: dict[str, Any]
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Facts by name, problems and hints of this machine and of a planned command line."""
     from vllm_ouroboros import compat
@@ -60,15 +60,13 @@ def examine(
     return facts, list(dict.fromkeys(problems)), _hints()
 
 
-def check_plan(
-    model: str | None, draft_model: str | None, config: dict[str, Any] | None
-) -> list[str]:
+def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any]) -> list[str]:
     """Problems of a planned command line; without a model, of its options alone."""
     from vllm_ouroboros import compat
     from vllm_ouroboros.config import ConfigError, OuroborosConfig
     from vllm_ouroboros.demo import DemoError, model_reference
 
-    options = dict(config or {})
+    options = dict(config)
     try:
         for option, name in (("--model", model), ("--draft-model", draft_model)):
             if name is not None:

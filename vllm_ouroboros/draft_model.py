@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numba import njit
-from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.config import (
+    ModelConfig,
+    VllmConfig,
+    get_layers_from_vllm_config,
+    set_current_vllm_config,
+)
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
@@ -16,6 +21,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.attention import TreeStep, attach
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.sampler import greedy
+from vllm_ouroboros.stats import StepClock
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -113,6 +120,7 @@ class DraftModel:
 
     def forward(
         self,
+        clock: StepClock,
         runner: GPUModelRunner,
         requests: np.ndarray,
         tokens: np.ndarray,
@@ -125,6 +133,7 @@ class DraftModel:
         """Hidden states [T, hidden] of T rows of R requests.
 
         Args:
+            clock: keeps the model's time apart from the preparation's.
             runner: holds the block tables.
             requests: int64 [R], rows of the requests in the runner's batch.
             tokens: int32 [T].
@@ -165,21 +174,20 @@ class DraftModel:
         if tree is not None:
             tree.block_table = block_table
             attach(metadata, tree)
-        with set_forward_context(
+        context = set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=len(tokens),
             slot_mapping=dict.fromkeys(self.layer_names, slots_tensor),
-        ):
+        )
+        with context, clock.model():
             return self.model(
                 input_ids=torch.from_numpy(tokens), positions=torch.from_numpy(positions)
             )
 
     def predict(self, hidden: torch.Tensor, rows: np.ndarray) -> np.ndarray:
         """Greedy token int64 [M] after the rows int64 [M] of a forward."""
-        return (
-            self.model.compute_logits(hidden[torch.from_numpy(rows)]).argmax(-1).numpy(force=True)
-        )
+        return greedy(self.model.compute_logits(hidden[torch.from_numpy(rows)]))
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""

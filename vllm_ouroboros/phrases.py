@@ -214,6 +214,12 @@ class PhrasePool:
         """Phrases held now."""
         return int(self.arrays.counts.sum())
 
+    def clear(self) -> None:
+        """Forget all phrases; the counts of insertions and lookups go on."""
+        self.arrays.keys.fill(-1)
+        self.arrays.stamps.fill(0)
+        self.arrays.counts.fill(0)
+
     def insert(self, token: int, phrase, source: PhraseSource, scope: int = 0) -> None:
         """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)

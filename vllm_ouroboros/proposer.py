@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_ouroboros.attention import TreeStep
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.draft_model import DraftModel
-from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.draft_rounds import Behind, DraftRounds
+from vllm_ouroboros.drafting import Drafting, warm_up
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource
 from vllm_ouroboros.sampler import Verified, can_speculate
 from vllm_ouroboros.stats import Counters, StepClock
-from vllm_ouroboros.tree import DraftTree, ancestor_mask
+from vllm_ouroboros.tree import DraftTree
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-MAX_KNOWN = 16
-"""Tokens that the draft model may catch up on inside a drafting round; more go ahead of it."""
+
+NO_SLOT = -1
 
 
 @dataclass
 class Request:
     """What the proposer knows of a live request."""
 
-    slot: int | None  # None while preempted
+    slot: int  # NO_SLOT while preempted
     speculates: bool
     stops: frozenset[int]
     max_tokens: int
@@ -67,10 +67,15 @@ class OuroborosProposer:
             max_len=self.draft.max_len if self.draft else self.max_model_len,
             stops=tuple(sorted(self.eos)),
         )
-        self.max_rows: int = scheduler.max_num_batched_tokens
         self.requests: dict[str, Request] = {}
         self.counters = Counters()
         self.clock = StepClock()
+        self.rounds = None
+        if self.draft is not None:
+            self.rounds = DraftRounds(
+                self.draft, self.drafting, scheduler.max_num_batched_tokens,
+                self.counters, self.clock,
+            )  # fmt: skip
         self.tracing = False
         self.finished_origins: dict[str, list[int]] = {}
         self._runner: GPUModelRunner | None = None
@@ -95,6 +100,7 @@ class OuroborosProposer:
         assert self.runner is not None
         if self.draft is not None:
             self.draft.load()
+        warm_up()
 
     # -- life of a request ---------------------------------------------------------------------
 
@@ -114,7 +120,7 @@ class OuroborosProposer:
                 stops=stops,
                 max_tokens=(params.max_tokens if params else None) or self.max_model_len,
             )
-        elif request.slot is None:
+        elif request.slot == NO_SLOT:
             request.slot = self._new_slot()
         request.tree = None
         self.drafting.reset(request.slot, num_computed)
@@ -125,16 +131,16 @@ class OuroborosProposer:
     def suspend(self, req_id: str) -> None:
         """A request is preempted: its KV is gone, it may come back."""
         request = self.requests.get(req_id)
-        if request is not None and request.slot is not None:
+        if request is not None and request.slot != NO_SLOT:
             self.drafting.release(request.slot)
-            request.slot = None
+            request.slot = NO_SLOT
 
     def forget(self, req_id: str) -> None:
         """A request is finished or aborted."""
         request = self.requests.pop(req_id, None)
         if request is None:
             return
-        if request.slot is not None:
+        if request.slot != NO_SLOT:
             self.drafting.release(request.slot)
         if self.tracing:
             self.finished_origins[req_id] = request.origins
@@ -200,7 +206,8 @@ class OuroborosProposer:
         """
         del slot_mappings
         with self.clock.phase("propose"):
-            self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)  # type: ignore[attr-defined]
+            with self.clock.phase("learn"):
+                self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         self.clock.end_step(len(drafts))
         return drafts
@@ -208,139 +215,47 @@ class OuroborosProposer:
     def _propose(
         self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
     ) -> list[list[int]]:
-        batch = self.runner.input_batch
-        behind: list[tuple[int, int, int]] = []  # slot, row, tokens that must have draft KV
+        runner, batch = self.runner, self.runner.input_batch
+        behind: list[Behind] = []
         slots, rows = [], []
-        for row, (req_id, emitted) in enumerate(
-            zip(batch.req_ids, sampled_token_ids, strict=False)
-        ):
+        for row, emitted in enumerate(sampled_token_ids):
+            req_id = batch.req_ids[row]
             request = self.requests[req_id]
             slot, length = request.slot, int(lengths[row])
             if not emitted:
-                behind.append((slot, row, self._computed(req_id, row)))
+                behind.append(Behind(slot, row, self._computed(req_id, row), True))
                 continue
-            text = token_ids_cpu[row]
+            text, prompt = token_ids_cpu[row], int(batch.num_prompt_tokens[row])
             if self.drafting.state.fed[slot] == 0:
-                self.drafting.commit(slot, text, length - 1, PhraseSource.PROMPT)
+                self.drafting.commit(slot, text, length - len(emitted), PhraseSource.PROMPT)
             self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
-            behind.append((slot, row, length - 1))
-            outputs = length - int(batch.num_prompt_tokens[row])
-            limit = min(self.max_model_len - length, request.max_tokens - outputs) - 1
+            behind.append(Behind(slot, row, length - 1, length - 1 <= prompt))
+            limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
             if request.speculates and limit > 0 and emitted[-1] not in request.stops:
-                self.drafting.start(slot, length, limit, self._capacity(row))
+                capacity = self.rounds.capacity(runner, row) if self.rounds else 0
+                self.drafting.start(slot, length, limit, capacity)
                 slots.append(slot)
                 rows.append(row)
-        if self.draft is not None:
-            self._catch_up(behind, token_ids_cpu)
-            self._run_rounds(np.array(slots, np.int64), np.array(rows, np.int64), token_ids_cpu)
-        slots_np, rows_np = np.array(slots, np.int64), np.array(rows, np.int64)
-        self.drafting.build(slots_np, rows_np, token_ids_cpu)
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        for slot, row in zip(slots, rows, strict=True):
-            tree = self.drafting.tree(slot)
-            self.requests[batch.req_ids[row]].tree = tree
-            drafts[row] = tree.tokens.tolist()
+        slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
+        if self.rounds is not None:
+            self.rounds.catch_up(runner, behind, token_ids_cpu)
+            self.rounds.run(runner, slot_array, row_array, token_ids_cpu)
+        with self.clock.phase("build"):
+            self.drafting.build(slot_array, row_array, token_ids_cpu)
+            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            for slot, row in zip(slots, rows, strict=True):
+                tree = self.drafting.tree(slot)
+                self.requests[batch.req_ids[row]].tree = tree
+                drafts[row] = tree.tokens.tolist()
         return drafts
 
     def _computed(self, req_id: str, row: int) -> int:
         """Tokens of a request that the target has in its KV cache after this step."""
         computed = int(self.runner.input_batch.num_computed_tokens_cpu[row])
-        return computed + self.runner.scheduled_tokens[req_id]  # type: ignore[attr-defined]
-
-    def _capacity(self, row: int) -> int:
-        """Positions of a request that have a KV slot."""
-        if self.draft is None:
-            return 0
-        table = self.runner.input_batch.block_table[self.draft.kv_cache_gid]
-        return min(int(table.num_blocks_per_row[row]) * table.block_size, self.draft.max_len)
-
-    def _catch_up(self, behind: list[tuple[int, int, int]], token_ids: np.ndarray) -> None:
-        """Fill draft KV that is too far behind for the rounds, in plain causal forwards."""
-        assert self.draft is not None
-        cached = self.drafting.state.cached
-        chunks: list[list[tuple[int, int, int, int]]] = [[]]
-        room = self.max_rows
-        for slot, row, end in behind:
-            start, end = int(cached[slot]), min(end, self._capacity(row))
-            if end - start <= (0 if self._is_prefill(row, end) else MAX_KNOWN):
-                continue
-            while start < end:
-                take = min(end - start, room)
-                chunks[-1].append((slot, row, start, start + take))
-                start, room = start + take, room - take
-                if room == 0:
-                    chunks.append([])
-                    room = self.max_rows
-        for chunk in filter(None, chunks):
-            lengths = [end - start for _, _, start, end in chunk]
-            positions = np.concatenate([np.arange(s, e) for _, _, s, e in chunk])
-            self._forward(
-                np.array([row for _, row, _, _ in chunk], np.int64),
-                np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
-                positions,
-                positions,
-                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-                np.array([s for _, _, s, _ in chunk], np.int32),
-                None,
-            )
-            for slot, _, _, end in chunk:
-                cached[slot] = end
-
-    def _is_prefill(self, row: int, end: int) -> bool:
-        return end <= int(self.runner.input_batch.num_prompt_tokens[row])
-
-    def _run_rounds(self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """Draft chains until every request has enough."""
-        assert self.draft is not None
-        state = self.drafting.state
-        known = state.known[slots]
-        able = known + self.budget < self.draft.max_len
-        # text that the draft model has not caught up on (beyond its KV slots) cannot be extended
-        able &= known - state.cached[slots] <= MAX_KNOWN + 1
-        slots, rows = slots[able], rows[able]
-        while True:
-            active = ~state.done[slots]
-            slots, rows = slots[active], rows[active]
-            if not len(slots):
-                return
-            most = max(1, self.max_rows // (self.drafting.rows_per_request + self.budget + MAX_KNOWN))
-            for first in range(0, len(slots), most):
-                part = slice(first, first + most)
-                self._round(slots[part], rows[part], token_ids)
-
-    def _round(self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """One masked draft forward for some requests."""
-        assert self.draft is not None
-        out, total, wanted = self.drafting.plan(slots, rows, token_ids)
-        widest = int(np.diff(out.query_start_loc).max())
-        mask = np.zeros((total, -(-widest // 32)), np.int32)
-        ancestor_mask(out.parents, out.query_start_loc, mask)
-        tree = TreeStep(
-            rows=torch.arange(total),
-            query_start_loc=out.query_start_loc.tolist(),
-            context_lens=out.context_lens.tolist(),
-            block_table=torch.empty(0),
-            mask=torch.from_numpy(mask),
-            num_rows=total,
-        )
-        hidden = self._forward(
-            rows, out.tokens[:total], out.positions[:total], out.writes[:total],
-            out.query_start_loc, out.context_lens, tree,
-        )  # fmt: skip
-        predicted = np.zeros(total, np.int64)
-        with self.clock.model():
-            wanted_rows = out.logits_rows[:wanted]
-            predicted[wanted_rows] = self.draft.predict(hidden, wanted_rows)
-        tree.write(torch.from_numpy(self.drafting.absorb(slots, out, predicted)))
-
-    def _forward(self, *args) -> torch.Tensor:
-        assert self.draft is not None
-        self.counters.draft_forwards += 1
-        with self.clock.model():
-            return self.draft.forward(self.runner, *args)
+        return computed + self.runner.scheduled_tokens[req_id]
 
     def warm_up(self, num_tokens: int) -> None:
-        """Compile everything that the first request would otherwise wait for."""
+        """Compile the draft model, which the first request would otherwise wait for."""
         if self.draft is not None:
             self.draft.warm_up(num_tokens)
 

