@@ -30,7 +30,7 @@ class FakeDraft:
     def __init__(self, model: Language, max_len: int) -> None:
         self.model, self.max_len, self.kv_cache_gid = model, max_len, 0
         self.kv: dict[int, tuple[int, ...]] = {}
-        self.forwards, self.widest = 0, 0
+        self.forwards, self.max_rows = 0, 0
 
     def slot(self, blocks, position: int) -> int:
         return int(blocks[position // BLOCK]) * BLOCK + position % BLOCK
@@ -50,7 +50,8 @@ class FakeDraft:
         """Sequences that the rows see, in the place of hidden states."""
         del clock
         self.forwards += 1
-        self.widest = max(self.widest, len(tokens))
+        if tree is None or len(requests) > 1:  # a round of one request may need more
+            assert len(tokens) <= self.max_rows
         table = runner.input_batch.block_table[0].table
         seen: list[tuple[int, ...]] = []
         for r, row in enumerate(requests.tolist()):
@@ -94,6 +95,7 @@ def make(monkeypatch, draft, *, budget=10, max_num_seqs=4, max_rows=256, max_len
     options = {"draft_tokens": 4, "phrase_len": 3, "window_size": 2, "guess_set_size": 3, **keys}
     if draft is not None:
         options["draft_model"] = "fake"
+        draft.max_rows = max_rows
     config = SimpleNamespace(
         additional_config={"ouroboros": options},
         num_speculative_tokens=budget,
