@@ -48,6 +48,7 @@ SETTINGS = {
     "limit": 0,  # prompts of a set; 0 means all
 }
 
+DETAIL_LEFT_OUT = ("token_ids", "loops", "counters")
 SHOWN = ("draft_model", "pool_scope")
 """Settings of a run that differ between machines, or stand in the tables."""
 
@@ -267,7 +268,7 @@ def main() -> None:
                             "set": name,
                             "engine": engine,
                             "pool": pool,
-                            **{k: v for k, v in row.items() if k not in ("token_ids", "loops")},
+                            **{k: v for k, v in row.items() if k not in DETAIL_LEFT_OUT},
                             "loops": row["id"] in loops,
                             "equal_to_vanilla": equal,
                         }

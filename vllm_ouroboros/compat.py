@@ -36,8 +36,9 @@ def check_version(version: str | None) -> list[str]:
     wanted = f"this plugin supports vLLM >= {low}, < {high}"
     if version is None:
         return [f"vLLM is not installed: {wanted}; pip install 'vllm-ouroboros[cpu]'"]
-    release = tuple(int(p) for p in version.split("+")[0].split(".")[:3] if p.isdigit())
-    if not tuple(map(int, low.split("."))) <= release < tuple(map(int, high.split("."))):
+    from packaging.version import Version
+
+    if not Version(low).release[:2] <= Version(version).release[:2] < Version(high).release[:2]:
         return [f"vLLM {version} is installed: {wanted}; pip install vllm=={low}"]
     return []
 

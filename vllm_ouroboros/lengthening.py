@@ -5,13 +5,30 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.phrases import PhraseSource, find, insert, remove
+from vllm_ouroboros.phrases import PhraseSource, find, insert
 from vllm_ouroboros.tree import ROOT, NodeSource, grow
 
 _DRAFT = int(NodeSource.DRAFT)
 _SUFFIX = int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)
 _VERIFICATION = int(PhraseSource.VERIFICATION)
+
+
+@njit(cache=True)
+def _is_stop(token, stops):
+    found = False
+    for stop in stops:
+        found = found or token == stop
+    return found
+
+
+@njit(cache=True)
+def _until(pool, slot, g, stops):
+    """Length of a phrase up to the token that ends the text, that one included."""
+    for i in range(pool.lengths[slot, g]):
+        if _is_stop(pool.tokens[slot, g, i], stops):
+            return i + 1
+    return pool.lengths[slot, g]
 
 
 @njit(cache=True)
@@ -33,20 +50,19 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
             tokens, parents, sources, 0, limit, ROOT, req.chain[s], 0, req.chain_len[s], _DRAFT
         )
         while req.chain_len[s] == 0 and size < min(limit, draft_tokens):
-            slot = find(pool, scope, tokens[end] if end >= 0 else root)
-            if slot < 0 or pool.counts[slot] == 0:
+            last = tokens[end] if end >= 0 else root
+            slot = find(pool, scope, last)
+            if slot < 0 or pool.counts[slot] == 0 or (end >= 0 and _is_stop(last, stops)):
                 break
             before = size
             size, end = grow(
                 tokens, parents, sources, size, limit,
-                end, pool.tokens[slot, 0], 0, pool.lengths[slot, 0], _SUFFIX,
+                end, pool.tokens[slot, 0], 0, _until(pool, slot, 0, stops), _SUFFIX,
             )  # fmt: skip
             if size == before:
                 break
         last = tokens[end] if end >= 0 else root
-        ended = False
-        for stop in stops:
-            ended = ended or last == stop
+        ended = end >= 0 and _is_stop(last, stops)
         for guessed in (False, True):
             for at, key in ((end, last), (ROOT, root)):
                 slot = find(pool, scope, key)
@@ -59,7 +75,7 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
                     if (pool.sources[slot, g] == _WINDOW) == guessed:
                         size, _ = grow(
                             tokens, parents, sources, size, limit,
-                            at, pool.tokens[slot, g], 0, pool.lengths[slot, g], _SUFFIX,
+                            at, pool.tokens[slot, g], 0, _until(pool, slot, g, stops), _SUFFIX,
                         )  # fmt: skip
         req.size[s] = size
 
@@ -69,14 +85,16 @@ def learn(pool, scope, root, tokens, parents, sources, size, predicted):
     """Turn a verified tree into phrases; ``predicted`` [size + 1] is the target's token per row.
 
     Along the draft: the target's continuation of a node, as far as the draft agrees with it.
-    Along the pool's phrases: the phrase as the target corrects it replaces the one that was tried.
+    Below a node that phrases of the pool were tried at: the phrase as the target corrects it, or
+    confirms it, becomes the first. One that was wrong here stays behind until it is pushed out: it
+    may be right elsewhere (dropping it costs 2 % of the tokens a step on code).
     """
     beta = pool.tokens.shape[2]
     phrase = np.empty(beta, np.int32)
-    old = np.empty(beta, np.int32)
-    has_child = np.zeros(size + 1, np.bool_)
+    tried = np.zeros(size + 1, np.bool_)  # rows below which a phrase of the pool was tried
     for node in range(size):
-        has_child[parents[node] + 1] = True
+        if sources[node] == _SUFFIX:
+            tried[parents[node] + 1] = True
     for node in range(size):
         if sources[node] == _DRAFT:
             length = 0
@@ -91,23 +109,33 @@ def learn(pool, scope, root, tokens, parents, sources, size, predicted):
                     break
             if length > 1:
                 insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION)
-        elif not has_child[node + 1]:
-            length = 0
-            at = node
-            while at >= 0 and sources[at] == _SUFFIX and length < beta:
-                length += 1
-                at = parents[at]
-            key = tokens[at] if at >= 0 else root
-            phrase[0] = predicted[at + 1]
-            same = True
-            at = node
-            for i in range(length - 1, -1, -1):
-                old[i] = tokens[at]
-                if i + 1 < length:
-                    phrase[i + 1] = predicted[at + 1]
-                at = parents[at]
-            for i in range(length):
-                same = same and old[i] == phrase[i]
-            if not same:
-                remove(pool, scope, key, old, 0, length)
-            insert(pool, scope, key, phrase, 0, length, _VERIFICATION)
+    for node in range(-1, size):
+        if tried[node + 1]:
+            key = tokens[node] if node >= 0 else root
+            _correct(pool, scope, key, node, tokens, parents, size, predicted)
+
+
+@njit(cache=True)
+def _correct(pool, scope, key, start, tokens, parents, size, predicted):
+    """Compare the phrases of ``key`` that the tree holds below ``start`` with the target."""
+    slot = find(pool, scope, key)
+    if slot < 0:
+        return
+    count = pool.counts[slot]
+    phrases, lengths = pool.tokens[slot, :count].copy(), pool.lengths[slot, :count].copy()
+    corrected = np.empty(pool.tokens.shape[2], np.int32)
+    for g in range(count - 1, -1, -1):  # backwards: each becomes the first, the best at last
+        node = start
+        held = 0
+        for i in range(lengths[g]):
+            child = -1
+            for candidate in range(node + 1, size):
+                if parents[candidate] == node and tokens[candidate] == phrases[g, i]:
+                    child = candidate
+                    break
+            if child < 0:
+                break
+            corrected[i] = predicted[node + 1]
+            held += 1
+            node = child
+        insert(pool, scope, key, corrected, 0, held, _VERIFICATION)

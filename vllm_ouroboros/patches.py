@@ -112,15 +112,17 @@ def _wrap_from_cli_args(original: Any) -> Any:
         options = getattr(args, "ouroboros_config", None)
         if options is not None:
             additional = dict(args.additional_config or {})
-            if not isinstance(options, dict):
-                raise ConfigError(f"--ouroboros-config is {options!r}: pass a JSON object")
-            twice = sorted(options.keys() & additional.get("ouroboros", {}).keys())
+            known = additional.get("ouroboros") or {}
+            for flag, value in (("--ouroboros-config", options), ("additional_config", known)):
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{flag} holds {value!r} for Ouroboros: pass a JSON object")
+            twice = sorted(options.keys() & known.keys())
             if twice:
                 raise ConfigError(
                     f"--ouroboros-config and --additional-config both set {', '.join(twice)}: "
                     "set each key once"
                 )
-            additional["ouroboros"] = {**additional.get("ouroboros", {}), **options}
+            additional["ouroboros"] = {**known, **options}
             args.additional_config = additional
         return function(cls, args)
 

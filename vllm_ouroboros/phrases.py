@@ -69,7 +69,7 @@ def find(pool, scope, token):
         if pool.keys[slot] == key:
             pool.clock[0] += 1
             pool.stamps[slot] = pool.clock[0]
-            pool.hits[1] += 1
+            pool.hits[1] += pool.counts[slot] > 0
             return slot
     return -1
 
@@ -147,32 +147,6 @@ def insert(pool, scope, token, phrase, start, length, source):
 
 
 @njit(cache=True)
-def remove(pool, scope, token, phrase, start, length):
-    """Drop the phrase that equals ``phrase[start:start+length]``; True if it was there."""
-    key = (np.int64(scope) << 32) | np.int64(token)
-    first = _first_slot(pool.keys.shape[0], key)
-    for slot in range(first, first + WAYS):
-        if pool.keys[slot] != key:
-            continue
-        for g in range(pool.counts[slot]):
-            if pool.lengths[slot, g] != length:
-                continue
-            same = True
-            for i in range(length):
-                if pool.tokens[slot, g, i] != phrase[start + i]:
-                    same = False
-                    break
-            if same:
-                for h in range(g, pool.counts[slot] - 1):
-                    pool.tokens[slot, h] = pool.tokens[slot, h + 1]
-                    pool.lengths[slot, h] = pool.lengths[slot, h + 1]
-                    pool.sources[slot, h] = pool.sources[slot, h + 1]
-                pool.counts[slot] -= 1
-                return True
-    return False
-
-
-@njit(cache=True)
 def insert_text(pool, scope, text, start, end, source):
     """Feed ``text[start:end]``: each token becomes a key of what follows it, up to ``end``.
 
@@ -224,11 +198,6 @@ class PhrasePool:
         """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)
         insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source))
-
-    def remove(self, token: int, phrase, scope: int = 0) -> bool:
-        """Drop one phrase; True if it was there."""
-        tokens = np.asarray(phrase, np.int32)
-        return bool(remove(self.arrays, scope, token, tokens, 0, len(tokens)))
 
     def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:
         """Feed a text: every token becomes the key of what follows it."""

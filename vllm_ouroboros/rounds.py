@@ -138,7 +138,7 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
 
 
 @njit(cache=True)
-def _extend(req, s, token, enough, stops):
+def _extend(req, s, token, stops):
     """Append one token to a chain; False when the chain takes no more."""
     if req.done[s]:
         return False
@@ -175,7 +175,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops, moves):
         cached = length
         node = ROOT
         for i in range(accepted):
-            if not _extend(req, s, out.tokens[g0 + path[i]], draft_tokens, stops):
+            if not _extend(req, s, out.tokens[g0 + path[i]], stops):
                 break
             node = path[i]
             if length + i < req.capacity[s]:
@@ -184,7 +184,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops, moves):
                 moves[moved, 2] = length + i
                 moved += 1
                 cached = length + i + 1
-        _extend(req, s, predicted[current + 1 + node], draft_tokens, stops)
+        _extend(req, s, predicted[current + 1 + node], stops)
         req.cached[s] = min(cached, req.capacity[s])
         if req.chain_len[s] >= draft_tokens:
             req.done[s] = True

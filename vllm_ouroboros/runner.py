@@ -171,6 +171,7 @@ class OuroborosRunner(CPUModelRunner):
 
     def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
         trees, metadata = self.trees, self.input_batch.sampling_metadata
+        self.verified = {}
         if spec_decode_metadata is None or trees is None:
             return super()._sample(logits, spec_decode_metadata)
         self.input_batch.update_async_output_token_ids()

@@ -33,19 +33,21 @@ class Verified(NamedTuple):
     predicted: np.ndarray  # int64 [n + 1], the target's token after the root and after each node
 
 
+_LOGITS_PARAMETERS = (
+    "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "allowed_token_ids",
+    "bad_words", "structured_outputs", "thinking_token_budget", "watermarking",
+    "trace_decode_token_ids",
+)  # fmt: skip
+"""Of `SamplingParams`: what makes a choice depend on more than its logits, unless it is falsy."""
+
+
 def can_speculate(params: SamplingParams | None) -> bool:
     """Whether the target's choice at a node is the argmax of its raw logits."""
     return (
         params is not None
         and params.temperature < _EPS
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
         and params.repetition_penalty == 1
-        and not params.logit_bias
-        and not params.min_tokens
-        and not params.allowed_token_ids
-        and not params.bad_words
-        and params.structured_outputs is None
+        and not any(getattr(params, name, None) for name in _LOGITS_PARAMETERS)
     )
 
 

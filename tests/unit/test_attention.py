@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import _custom_ops as ops
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
@@ -37,9 +38,10 @@ NUM_BLOCKS = 24
 @pytest.fixture(scope="module")
 def vllm_config():
     config = VllmConfig()
-    config.model_config = SimpleNamespace(dtype=torch.float32)
+    pair = Path(attention.__file__).parent / "assets" / "tiny-code"
+    config.model_config = ModelConfig(model=str(pair / "target"))
     with set_current_vllm_config(config):
-        yield config
+        yield  # not the config: hypothesis prints its arguments, and a bare config has no repr
 
 
 def make_impl(heads, kv_heads, dim, *, soft_cap=None, window=None, **changes) -> TreeAttentionImpl:

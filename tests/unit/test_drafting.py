@@ -207,23 +207,30 @@ def expected_tree(life: Life, limit: int, draft_tokens: int, num_suffixes: int, 
     pool, scope = life.drafting.pool, int(life.drafting.state.scope[life.slot])
 
     def phrases(key):
-        """Phrases of a key, best first, and whether each is a guess of the window."""
+        """Phrases of a key, best first, and whether each is a guess of the window; no phrase
+        goes on behind an id that ends the text.
+        """
         found = pool.lookup(key, scope)
         slot = np.nonzero(pool.arrays.keys == (scope << 32 | key))[0]
         sources = pool.arrays.sources[slot[0], : len(found)] if len(slot) else []
-        return [(p, int(s) == PhraseSource.WINDOW) for p, s in zip(found, sources, strict=True)]
+        ends = [next((i + 1 for i, t in enumerate(p) if t in stops), len(p)) for p in found]
+        return [
+            (p[:end], int(s) == PhraseSource.WINDOW)
+            for p, end, s in zip(found, ends, sources, strict=True)
+        ]
 
     chain, root = tuple(life.chain), life.text[-1]
     drafted = len(chain)
     while not drafted and len(chain) < min(limit, draft_tokens):
-        found = phrases(chain[-1] if chain else root)
-        if not found:
+        last = chain[-1] if chain else root
+        found = phrases(last)
+        if not found or (chain and last in stops):
             break
         chain = (*chain, *found[0][0])[:limit]
     key = chain[-1] if chain else root
     paths = [chain]
     if num_suffixes:
-        suffixes = [] if key in stops else phrases(key)[:num_suffixes]
+        suffixes = [] if chain and key in stops else phrases(key)[:num_suffixes]
         for guess in (False, True):
             paths += [(*chain, *phrase) for phrase, guessed in suffixes if guessed == guess]
             paths += [phrase for phrase, guessed in phrases(root) if guessed == guess]
@@ -313,8 +320,7 @@ def test_requests_from_prompt_to_end(shape) -> None:
             nodes, drafted = expected_tree(
                 life, limit, shape.draft_tokens, shape.num_suffixes, shape.stops
             )
-            if not shape.stops:
-                assert node_paths(tree) == nodes
+            assert node_paths(tree) == nodes
             rest = len(tree.tokens) - drafted
             assert tuple(life.chain) == tuple(tree.tokens[:drafted].tolist())
             assert len(set(node_paths(tree))) == len(tree.tokens) <= limit
@@ -450,11 +456,8 @@ def test_a_stop_ends_the_draft(draft) -> None:
         world.draft([life])
         assert life.chain == [6, 7]
     [tree] = world.build([life])
-    chain = [path for path in node_paths(tree) if stop in path[:-1]]
-    if draft:
-        assert all(path[:3] == (6, 7, 0) for path in chain)  # the root's own phrase, at most
     assert tree.tokens[:2].tolist() == [6, 7]
-    assert not chain, "nodes behind the end of the text"
+    assert not [path for path in node_paths(tree) if stop in path[:-1]]
 
 
 def test_suffixes_hang_at_the_end_of_the_chain_best_first() -> None:
@@ -528,7 +531,7 @@ def predictions(tree: DraftTree, target: dict[tuple[int, ...], int]) -> np.ndarr
     return np.array([target.get(p, 999) for p in [(), *node_paths(tree)]], np.int64)
 
 
-def test_learn_puts_the_corrected_suffix_in_the_place_of_the_wrong_one() -> None:
+def test_learn_puts_the_corrected_suffix_before_the_wrong_one() -> None:
     drafting, slot = learner()
     for phrase in ([30, 31, 32], [20, 21, 22]):
         drafting.pool.insert(11, phrase, PhraseSource.HISTORY)
@@ -539,10 +542,9 @@ def test_learn_puts_the_corrected_suffix_in_the_place_of_the_wrong_one() -> None
         (10, 11, 30): 31, (10, 11, 30, 31): 32,
     }  # fmt: skip
     drafting.learn(slot, 1, tree, predictions(tree, target))
-    phrases = drafting.pool.lookup(11)
-    assert (20, 99, 50) in phrases
-    assert (20, 31, 32) in phrases  # the second one, corrected at its start
-    assert not {(20, 21, 22), (30, 31, 32)} & set(phrases)
+    # the second one corrected at its start; the wrong ones stay behind until they are pushed out
+    corrected = [(20, 99, 50), (20, 31, 32)]
+    assert drafting.pool.lookup(11) == [*corrected, (20, 21, 22), (30, 31, 32)]
 
 
 def test_learn_keeps_a_suffix_that_was_right_and_moves_it_to_the_front() -> None:
@@ -561,7 +563,7 @@ def test_learn_corrects_a_suffix_that_the_budget_cut() -> None:
     drafting.pool.insert(11, [20, 21, 22, 23], PhraseSource.HISTORY)
     tree = with_suffixes([11], [[20, 21]])
     drafting.learn(slot, 1, tree, predictions(tree, {(): 11, (11,): 20, (11, 20): 99}))
-    assert drafting.pool.lookup(11) == [(20, 99)]
+    assert drafting.pool.lookup(11) == [(20, 99), (20, 21, 22, 23)]
 
 
 def test_learn_takes_up_agreement_after_a_rejection() -> None:
@@ -575,7 +577,7 @@ def test_learn_takes_up_agreement_after_a_rejection() -> None:
 
 
 def test_learn_corrects_the_phrases_of_a_draft_from_the_pool_alone() -> None:
-    """Two phrases one after the other: the first is wrong, and its place is taken."""
+    """Two phrases one after the other: the first is wrong, and the corrected one comes first."""
     drafting, slot = learner(beta=3)
     drafting.pool.insert(7, [1, 2, 3], PhraseSource.HISTORY)
     drafting.pool.insert(3, [4, 5, 6], PhraseSource.HISTORY)
@@ -585,9 +587,7 @@ def test_learn_corrects_the_phrases_of_a_draft_from_the_pool_alone() -> None:
     assert tree.tokens.tolist()[:6] == [1, 2, 3, 4, 5, 6]
     predicted = predictions(tree, {(): 1, (1,): 9, (1, 2): 8, (1, 2, 3): 4})
     drafting.learn(slot, 7, tree, predicted)
-    phrases = drafting.pool.lookup(7)
-    assert (1, 2, 3) not in phrases
-    assert (1, 9, 8) in phrases
+    assert drafting.pool.lookup(7)[:2] == [(1, 9, 8), (1, 2, 3)]
 
 
 @given(seed=st.integers(0, 2**32 - 1), beta=st.integers(1, 4))

@@ -60,13 +60,6 @@ class Oracle:
         del phrases[self.guesses :]
         self.inserted[source] += 1
 
-    def remove(self, scope, token, phrase) -> bool:
-        phrases = self.set_of(scope, token).get((scope, token), [])
-        same = [old for old in phrases if old[0] == tuple(phrase)]
-        for old in same:
-            phrases.remove(old)
-        return bool(same)
-
     def lookup(self, scope, token) -> list[tuple[int, ...]]:
         keys = self.set_of(scope, token)
         if (scope, token) not in keys:
@@ -124,18 +117,6 @@ class PoolMachine(RuleBasedStateMachine):
     def insert(self, token, phrase, source, scope) -> None:
         self.pool.insert(token, phrase, source, scope)
         self.oracle.insert(scope, token, phrase, source)
-
-    @rule(token=TOKENS, phrase=PHRASES, scope=SCOPES)
-    def remove(self, token, phrase, scope) -> None:
-        assert self.pool.remove(token, phrase, scope) == self.oracle.remove(scope, token, phrase)
-
-    @rule(scope=SCOPES, pick=st.integers(0, 100))
-    def remove_held(self, scope, pick) -> None:
-        held = [(key, p) for key, phrases in sorted(contents(self.pool).items()) for p in phrases]
-        if held:
-            (scope, token), phrase = held[pick % len(held)]
-            assert self.pool.remove(token, phrase, scope)
-            assert self.oracle.remove(scope, token, phrase)
 
     @rule(token=TOKENS, scope=SCOPES)
     def lookup(self, token, scope) -> None:
@@ -334,6 +315,6 @@ def test_hits_count_lookups_that_found_a_phrase() -> None:
     pool.insert(5, [1], PhraseSource.PROMPT)
     assert [pool.lookup(5), pool.lookup(6)] == [[(1,)], []]
     assert pool.arrays.hits.tolist() == [2, 1]
-    assert pool.remove(5, [1])
+    pool.clear()
     assert pool.lookup(5) == []
-    assert pool.arrays.hits.tolist() == [3, 1], "an emptied key counted as a hit"
+    assert pool.arrays.hits.tolist() == [3, 1]
