@@ -20,6 +20,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.kernels.reference import unpack_mask
 
+MAX_SCORES = 2**21
+"""Scores of one head that a padded batch may have (8 MiB), if it holds more than one request."""
+
 
 @dataclass
 class KeptKV:
@@ -103,8 +106,16 @@ class TreeStep:
             for r, context in enumerate(self.context_lens):
                 pages = -(-context // block_size)
                 groups.setdefault(pages.bit_length(), []).append(r)
-            self._buckets[key] = [self._bucket(g, *key) for g in groups.values()]
+            parts = [part for g in groups.values() for part in self._parts(g, block_size)]
+            self._buckets[key] = [self._bucket(part, *key) for part in parts]
         return self._buckets[key]
+
+    def _parts(self, requests: list[int], block_size: int) -> list[list[int]]:
+        """Cut a group so that the scores of one head fit into `MAX_SCORES`."""
+        width = max(self.query_start_loc[r + 1] - self.query_start_loc[r] for r in requests)
+        length = max(self.context_lens[r] for r in requests) + block_size + width
+        most = max(1, MAX_SCORES // (width * length))
+        return [requests[i : i + most] for i in range(0, len(requests), most)]
 
     def _bucket(self, requests: list[int], block_size: int, sliding_window: int) -> Bucket:
         starts = torch.tensor([self.query_start_loc[r] for r in requests])

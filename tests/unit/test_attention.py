@@ -247,6 +247,16 @@ def test_trees_of_several_mask_words(vllm_config, rows) -> None:
     close(forward.run(make_impl(4, 2, 32), forward.step()), forward.expected())
 
 
+def test_a_batch_is_cut_when_its_scores_would_not_fit(vllm_config, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "MAX_SCORES", 2 * 9 * (40 + 32 + 9))
+    rng = np.random.default_rng(0)
+    forward = Forward([(40, random_tree(rng, rows), True) for rows in (9, 3, 9, 7, 1)])
+    step = forward.step()
+    close(forward.run(make_impl(4, 2, 32), step), forward.expected())
+    [buckets] = step._buckets.values()
+    assert [bucket.bias.shape[0] for bucket in buckets] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("context", [0, 1, 31, 32, 33, 63, 64, 65])
 @pytest.mark.parametrize("rows", [1, 2, 33])
 def test_page_boundaries(vllm_config, context, rows) -> None:
