@@ -36,9 +36,8 @@ class KeptKV:
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Write tree rows int64 [M] to KV slots int64 [M]."""
-        self.impl.do_kv_cache_update(
-            self.layer, self.keys[rows], self.values[rows], self.kv_cache, slots
-        )
+        keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.impl.do_kv_cache_update(self.layer, keys, values, self.kv_cache, slots)
 
 
 @dataclass
@@ -66,6 +65,7 @@ class TreeStep:
         block_table: int32 [R, max_blocks].
         mask: int32 [T, words], see `kernels.reference.tree_attention`.
         num_rows: rows of the whole forward.
+        keep: whether the forward keeps keys and values, so that `write` can move them.
         kept: filled by the forward, by layer name.
     """
 
@@ -75,6 +75,7 @@ class TreeStep:
     block_table: torch.Tensor
     mask: torch.Tensor
     num_rows: int
+    keep: bool = True
     kept: dict[str, KeptKV] = field(default_factory=dict)
     _buckets: dict[tuple[int, int], list[Bucket]] = field(default_factory=dict)
 
@@ -147,6 +148,13 @@ class TreeStep:
         return Bucket(flat, pages, bias, None if whole else valid, flat[valid])
 
 
+@dataclass
+class TreeOnly:
+    """Metadata of a forward whose rows all belong to trees: vLLM's kernel sees none of it."""
+
+    tree: TreeStep
+
+
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Keeps the page layout that `TreeAttentionImpl` reads."""
 
@@ -191,12 +199,13 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
         if tree is None:
             return output
         if tree.covers_all:
-            # copies, for the compiled graph around us may reuse the memory of its tensors
-            queries = query[: tree.num_rows]
-            keys, values = (t[: tree.num_rows].contiguous().clone() for t in (key, value))
+            queries, keys, values = (t[: tree.num_rows] for t in (query, key, value))
+            if tree.keep:  # copies: the compiled graph around us may reuse its tensors' memory
+                keys, values = keys.clone(), values.clone()
         else:
             queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
-        tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
+        if tree.keep:
+            tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
         for bucket in tree.buckets(kv_cache.shape[2], self.sliding_window):
             result = self._attend(bucket, queries, keys, values, kv_cache)
             result = result.view(-1, *output.shape[1:]).to(output.dtype)
@@ -231,11 +240,11 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             old = value_pages.index_select(0, bucket.pages).view(*pages, block_size, dim)
             v[:, :, :context].unflatten(2, (num_pages, block_size)).copy_(old.transpose(1, 2))
         step = (num_requests, width, num_kv, dim)
-        k[..., context:].copy_(key.view(step).permute(0, 2, 3, 1))
-        v[:, :, context:].copy_(value.view(step).transpose(1, 2))
+        k[..., context:].copy_(key.reshape(step).permute(0, 2, 3, 1))
+        v[:, :, context:].copy_(value.reshape(step).transpose(1, 2))
 
         # the heads of a group share their keys: [R, Hkv, group * Q, D]
-        q = query.view(num_requests, width, num_kv, group, dim).permute(0, 2, 3, 1, 4)
+        q = query.reshape(num_requests, width, num_kv, group, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(num_requests, num_kv, group * width, dim).float() * self.scale
         scores = torch.matmul(q, k)
         if self.logits_soft_cap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ouroboros.attention import TreeStep, attach
+from vllm_ouroboros.attention import TreeOnly, TreeStep
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.sampler import greedy
 from vllm_ouroboros.stats import StepClock
@@ -149,31 +149,13 @@ class DraftModel:
             writes, query_start_loc, requests, table.block_table.np, self.block_size, slots
         )
         slots_tensor = torch.from_numpy(slots)
-        lengths = np.diff(query_start_loc)
-        seq_lens = torch.from_numpy((context_lens + lengths).astype(np.int32))
-        start_loc = torch.from_numpy(query_start_loc)
-        block_table = table.block_table.gpu[torch.from_numpy(requests)]
-        common = CommonAttentionMetadata(
-            query_start_loc=start_loc,
-            query_start_loc_cpu=start_loc,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(requests),
-            num_actual_tokens=len(tokens),
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(seq_lens.max()),
-            block_table_tensor=block_table,
-            slot_mapping=slots_tensor,
-            causal=True,
-            positions=torch.from_numpy(positions),
-        )
-        metadata = {}
-        for group, names in self.attn_groups:
-            built = group.build_metadata(common, 0)
-            metadata.update(dict.fromkeys(names, built))
         if tree is not None:
-            tree.block_table = block_table
-            attach(metadata, tree)
+            tree.block_table = table.block_table.gpu[torch.from_numpy(requests)]
+            metadata: dict[str, Any] = dict.fromkeys(self.layer_names, TreeOnly(tree))
+        else:
+            metadata = self._causal(
+                runner, requests, positions, query_start_loc, context_lens, slots_tensor
+            )
         context = set_forward_context(
             metadata,
             self.vllm_config,
@@ -184,6 +166,40 @@ class DraftModel:
             return self.model(
                 input_ids=torch.from_numpy(tokens), positions=torch.from_numpy(positions)
             )
+
+    def _causal(
+        self,
+        runner: GPUModelRunner,
+        requests: np.ndarray,
+        positions: np.ndarray,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        slots: torch.Tensor,
+    ) -> dict[str, Any]:
+        """vLLM's own metadata for plain causal rows, by layer."""
+        table = runner.input_batch.block_table[self.kv_cache_gid]
+        lengths = np.diff(query_start_loc)
+        seq_lens = torch.from_numpy((context_lens + lengths).astype(np.int32))
+        start_loc = torch.from_numpy(query_start_loc)
+        common = CommonAttentionMetadata(
+            query_start_loc=start_loc,
+            query_start_loc_cpu=start_loc,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(requests),
+            num_actual_tokens=len(positions),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=table.block_table.gpu[torch.from_numpy(requests)],
+            slot_mapping=slots,
+            causal=True,
+            positions=torch.from_numpy(positions),
+        )
+        metadata = {}
+        for group, names in self.attn_groups:
+            built = group.build_metadata(common, 0)
+            metadata.update(dict.fromkeys(names, built))
+        return metadata
 
     def predict(self, hidden: torch.Tensor, rows: np.ndarray) -> np.ndarray:
         """Greedy token int64 [M] after the rows int64 [M] of a forward."""

@@ -138,6 +138,7 @@ class DraftRounds:
                 block_table=torch.empty(0),  # the draft model's own, see its forward
                 mask=torch.from_numpy(mask),
                 num_rows=total,
+                keep=False,
             )
         hidden = self._forward(
             runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
@@ -148,7 +149,7 @@ class DraftRounds:
         with self.clock.model():
             predicted[wanted_rows] = self.draft.predict(hidden, wanted_rows)
         with self.clock.phase("absorb"):
-            tree.write(torch.from_numpy(self.drafting.absorb(slots, out, predicted)))
+            self.drafting.absorb(slots, out, predicted)
 
     def _forward(self, *args) -> torch.Tensor:
         self.counters.draft_forwards += 1

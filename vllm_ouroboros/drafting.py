@@ -135,19 +135,11 @@ class Drafting:
         )
         return out, total, wanted
 
-    def absorb(self, slots, out: Round, predicted) -> np.ndarray:
-        """Extend the chains by the predictions int32 [T] of a round.
-
-        Returns:
-            int64 [*, 3]: (index into ``slots``, row, position) of each accepted guess row, whose
-            KV must go to the slot of that position.
-        """
-        moves = np.empty((len(slots) * self.rows_per_request, 3), np.int64)
-        moved = absorb_round(
-            self.state, self.pool.arrays, slots, out, predicted,
-            self.draft_tokens, self.stops, moves,
-        )  # fmt: skip
-        return moves[:moved]
+    def absorb(self, slots, out: Round, predicted) -> None:
+        """Extend the chains by the predictions int64 [T] of a round."""
+        absorb_round(
+            self.state, self.pool.arrays, slots, out, predicted, self.draft_tokens, self.stops
+        )
 
     def build(self, slots, rows, token_ids) -> None:
         """Make the trees of ``slots`` from their chains and the pool."""

@@ -132,15 +132,16 @@ def insert(pool, scope, token, phrase, start, length, source):
         place = pool.counts[slot] - 1
     else:
         kept = max(length, pool.lengths[slot, place])
-    tail = pool.tokens[slot, place].copy()
+    # element by element, which compiles to far less than slices do; column by column, so that one
+    # token is all there is to save
+    for i in range(pool.tokens.shape[2]):
+        token_i = phrase[start + i] if i < length else pool.tokens[slot, place, i]
+        for g in range(place, target, -1):
+            pool.tokens[slot, g, i] = pool.tokens[slot, g - 1, i]
+        pool.tokens[slot, target, i] = token_i
     for g in range(place, target, -1):
-        pool.tokens[slot, g] = pool.tokens[slot, g - 1]
         pool.lengths[slot, g] = pool.lengths[slot, g - 1]
         pool.sources[slot, g] = pool.sources[slot, g - 1]
-    for i in range(length):
-        pool.tokens[slot, target, i] = phrase[start + i]
-    for i in range(length, kept):
-        pool.tokens[slot, target, i] = tail[i]
     pool.lengths[slot, target] = kept
     pool.sources[slot, target] = source
     pool.inserted[source] += 1

@@ -153,16 +153,16 @@ def _extend(req, s, token, stops):
 
 
 @njit(cache=True)
-def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops, moves):
-    """Take the predictions of a round; returns how many KV rows must move.
+def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
+    """Extend the chains by the predictions of a round, and take phrases from the window.
 
-    ``moves`` [_, 3] receives (index into ``slots``, row, position) of accepted guess rows.
+    Tokens of accepted guess rows get their KV as known rows of the next forward: a row more there
+    is cheaper than moving entries layer by layer.
     """
     beta, columns = req.window.shape[1], req.window.shape[2]
     path = np.empty(pool.tokens.shape[1] * beta + 1, np.int32)
     fresh = np.empty(columns, np.int32)
     phrase = np.empty(beta, np.int32)
-    moved = 0
     for r in range(slots.shape[0]):
         s = slots[r]
         first = out.query_start_loc[r]
@@ -171,21 +171,13 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops, moves):
         accepted = walk(
             out.tokens[g0:], out.guesses[g0:], out.num_guesses[r], predicted[current:], path
         )
-        length = req.known[s] + req.chain_len[s]
-        cached = length
+        req.cached[s] = min(req.known[s] + req.chain_len[s], req.capacity[s])
         node = ROOT
         for i in range(accepted):
             if not _extend(req, s, out.tokens[g0 + path[i]], stops):
                 break
             node = path[i]
-            if length + i < req.capacity[s]:
-                moves[moved, 0] = r
-                moves[moved, 1] = g0 + node
-                moves[moved, 2] = length + i
-                moved += 1
-                cached = length + i + 1
         _extend(req, s, predicted[current + 1 + node], stops)
-        req.cached[s] = min(cached, req.capacity[s])
         if req.chain_len[s] >= draft_tokens:
             req.done[s] = True
 
@@ -211,4 +203,3 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops, moves):
         for level in range(beta - 1):
             req.window[s, level] = req.window[s, level + 1]
         req.window[s, beta - 1] = fresh
-    return moved

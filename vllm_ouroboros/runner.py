@@ -8,6 +8,7 @@ moves the accepted KV; bookkeeping leaves seeded generators of unfinished prompt
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class TreeBatch:
         self.branching = [r for r, t in enumerate(trees) if t is not None and not t.is_chain]
         self.steps: list[TreeStep] = []
 
+    @cached_property
     def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows int64 [T] in the forward of all branching trees, their row parents int32 [T]
         within the request, and the first of each request int32 [R + 1].
@@ -119,7 +121,7 @@ class OuroborosRunner(CPUModelRunner):
             if any(-1 in tokens for tokens in flat):
                 self.input_ids.gpu[:total].clamp_(min=0)  # placeholders of vLLM's scheduler
             if self.trees.branching:
-                rows, parents, query_start_loc = self.trees.layout()
+                rows, parents, query_start_loc = self.trees.layout
                 depth = np.empty(len(rows), np.int64)
                 depths(parents, query_start_loc, depth)
                 roots = np.repeat(rows[query_start_loc[:-1]], np.diff(query_start_loc))
@@ -138,7 +140,7 @@ class OuroborosRunner(CPUModelRunner):
         return metadata, common
 
     def _attach_trees(self, trees: TreeBatch, metadata: dict[str, Any]) -> None:
-        rows, parents, query_start_loc = trees.layout()
+        rows, parents, query_start_loc = trees.layout
         mask = np.zeros((len(rows), -(-int(np.diff(query_start_loc).max()) // 32)), np.int32)
         ancestor_mask(parents, query_start_loc, mask)
         computed = self.input_batch.num_computed_tokens_cpu

@@ -27,7 +27,7 @@ def test_layout_of_a_batch() -> None:
     assert batch.rows.tolist() == [0, 1, 5, 9]  # among the sampled rows
     assert batch.starts.tolist() == [6, 7, 11, 15]  # in the forward
     assert batch.branching == [1, 3]
-    rows, parents, starts = batch.layout()
+    rows, parents, starts = batch.layout
     assert rows.tolist() == [7, 8, 9, 10, 15, 16, 17]
     assert parents.tolist() == [-1, 0, 0, 0, -1, 0, 0]
     assert starts.tolist() == [0, 4, 7]
