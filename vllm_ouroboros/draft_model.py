@@ -21,8 +21,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.attention import TreeOnly, TreeStep
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.counters import StepClock
 from vllm_ouroboros.sampler import greedy
-from vllm_ouroboros.stats import StepClock
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from vllm_ouroboros.attention import TreeStep
+from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.stats import Counters, StepClock
 from vllm_ouroboros.tree import ancestor_mask
 
 if TYPE_CHECKING:

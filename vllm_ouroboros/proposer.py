@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
+from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_rounds import Behind, DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource
 from vllm_ouroboros.sampler import Verified, can_speculate
-from vllm_ouroboros.stats import Counters, StepClock
 from vllm_ouroboros.tree import DraftTree
 
 if TYPE_CHECKING:
