@@ -152,6 +152,13 @@ def _show_totals(
         "identical" if same == len(rows) else f"DIFFERENT in {len(rows) - same} of {len(rows)}",
     )
     console.print(table)
+    if forwards and speeds["ouroboros"] < speeds["vanilla"]:
+        console.print(
+            f"Slower: a step of Ouroboros took {1e3 * tokens / forwards / speeds['ouroboros']:.1f} "
+            f"ms for {tokens / forwards:.2f} tokens, a step of vanilla vLLM "
+            f"{1e3 / speeds['vanilla']:.1f} ms for one. Drafting pays where a forward of the target "
+            "costs many of the draft model's."
+        )
     straight = [row for row in rows if not row.loops]
     if straight and len(straight) < len(rows):
         speeds = _speeds(straight)

@@ -125,13 +125,17 @@ def generation(ids: list[int], seconds: float, *, passes: int = 3) -> Generation
 
 
 def run_demo(
-    monkeypatch: pytest.MonkeyPatch, model: str, ours: list[list[int]], *args: str
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    ours: list[list[int]],
+    *args: str,
+    seconds: float = 0.25,
 ) -> Result:
     texts = [[1, 2, 3, 4, 5, 6], [7, 8] * 20]
     results = {
         "vanilla": EngineResult([generation(t, 0.5) for t in texts], {}),
         "ouroboros": EngineResult(
-            [generation(t, 0.25) for t in ours], {"target_forwards": 46, "draft_forwards": 23}
+            [generation(t, seconds) for t in ours], {"target_forwards": 46, "draft_forwards": 23}
         ),
     }
     monkeypatch.setattr(demo, "_run_engine", lambda _job, name, _show, _verbose: results[name])
@@ -152,6 +156,14 @@ def test_demo_identical(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     # 46 tokens of one pass in 46 / 2 target forwards and 23 / 2 draft forwards
     assert ["Ouroboros", "92.0", "2.00", "2.00", "0.25", "identical"] in [r[:6] for r in rows]
     assert "Without the prompts whose text loops: ratio 2.00." in result.output
+
+
+def test_demo_says_why_it_is_slower(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    ours = [[1, 2, 3, 4, 5, 6], [7, 8] * 20]
+    assert "Slower" not in run_demo(monkeypatch, model, ours).output
+    output = " ".join(run_demo(monkeypatch, model, ours, seconds=1.0).output.split())
+    # 23 steps of 2 tokens in 2 seconds, 46 of one token in 1 second
+    assert "took 87.0 ms for 2.00 tokens, a step of vanilla vLLM 21.7 ms for one" in output
 
 
 def test_demo_different(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
