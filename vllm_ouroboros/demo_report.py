@@ -156,8 +156,8 @@ def _show_totals(
         console.print(
             f"Slower: a step of Ouroboros took {1e3 * tokens / forwards / speeds['ouroboros']:.1f} "
             f"ms for {tokens / forwards:.2f} tokens, a step of vanilla vLLM "
-            f"{1e3 / speeds['vanilla']:.1f} ms for one. Drafting pays where a forward of the target "
-            "costs many of the draft model's."
+            f"{1e3 / speeds['vanilla']:.1f} ms for one. Drafting pays where a forward of "
+            "the target costs many of the draft model's."
         )
     straight = [row for row in rows if not row.loops]
     if straight and len(straight) < len(rows):

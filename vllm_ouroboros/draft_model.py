@@ -19,10 +19,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ouroboros.attention import TreeOnly, TreeStep
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.counters import StepClock
 from vllm_ouroboros.sampler import greedy
+from vllm_ouroboros.tree_step import TreeOnly, TreeStep
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

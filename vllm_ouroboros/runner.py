@@ -18,10 +18,10 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_ouroboros.attention import TreeStep, attach
 from vllm_ouroboros.proposer import OuroborosProposer
 from vllm_ouroboros.sampler import Verified, sample, verify
 from vllm_ouroboros.tree import DraftTree, ancestor_mask, depths
+from vllm_ouroboros.tree_step import TreeStep, attach
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

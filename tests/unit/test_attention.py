@@ -18,19 +18,18 @@ from vllm.v1.attention.backends.cpu_attn import (
     _get_attn_isa,
 )
 
-from vllm_ouroboros import attention
+from vllm_ouroboros import attention, tree_step
 from vllm_ouroboros.attention import (
     TreeAttentionBackend,
     TreeAttentionImpl,
     TreeAttentionMetadataBuilder,
-    TreeStep,
-    attach,
     check_layout,
     split_pages,
 )
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.tree import ancestor_mask
+from vllm_ouroboros.tree_step import TreeStep, attach
 
 NUM_BLOCKS = 24
 
@@ -248,7 +247,7 @@ def test_trees_of_several_mask_words(vllm_config, rows) -> None:
 
 
 def test_a_batch_is_cut_when_its_scores_would_not_fit(vllm_config, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "MAX_SCORES", 2 * 9 * (40 + 32 + 9))
+    monkeypatch.setattr(tree_step, "MAX_SCORES", 2 * 9 * (40 + 32 + 9))
     rng = np.random.default_rng(0)
     forward = Forward([(40, random_tree(rng, rows), True) for rows in (9, 3, 9, 7, 1)])
     step = forward.step()
