@@ -245,6 +245,8 @@ class OuroborosCPUWorker(CPUWorker):
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
         )
+        # The worker names its runner's class by a module global and has no hook for another one
+        # (GPU workers have `_make_model_runner`): swapped for this call alone, in this process.
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = OuroborosRunner
         try:
