@@ -7,7 +7,8 @@ Runs the shipped pair through vLLM's engine at batch 1 and 32 and prints the med
 the steps at full batch. `propose` contains `learn` (phrases from verification, prompts, history),
 `plan` and `absorb` (rounds), `draft_inputs` (slots and attention metadata of draft forwards) and
 `build` (trees); `tree` lays out the trees of the target's forward; `accept` is vLLM's sampler and
-the walk; `compact` moves KV. Forwards of either model, logits included, are not host work.
+the walk; `compact` moves KV. Forwards of either model are not host work: `models` is the time of
+both, the draft model's logits included.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bench_forwards import commit, cpu_name, installed
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
 HOST = ("propose", "tree", "accept", "compact")
-PARTS = ("learn", "plan", "draft_inputs", "absorb", "build", "draft_model")
+PARTS = ("learn", "plan", "draft_inputs", "absorb", "build", "models")
 
 
 def measure(llm, prompts: list[str], batch: int, max_tokens: int) -> dict:

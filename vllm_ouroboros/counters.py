@@ -55,14 +55,14 @@ class StepClock:
 
     @contextmanager
     def model(self) -> Iterator[None]:
-        """A block that runs a model forward."""
+        """A block that runs a forward of either model; its time goes to ``models``."""
         start = time.perf_counter()
         try:
             yield
         finally:
             spent = time.perf_counter() - start
             self._model += spent
-            self._current["draft_model"] = self._current.get("draft_model", 0.0) + spent
+            self._current["models"] = self._current.get("models", 0.0) + spent
 
     def end_step(self, batch: int) -> None:
         """Close the record of a step of ``batch`` requests."""

@@ -10,7 +10,7 @@ import torch
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.tree import ancestor_mask
+from vllm_ouroboros.tree import step_mask
 from vllm_ouroboros.tree_step import TreeStep
 
 if TYPE_CHECKING:
@@ -128,15 +128,12 @@ class DraftRounds:
         """One masked draft forward for some requests."""
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids)
-            widest = int(np.diff(out.query_start_loc).max())
-            mask = np.zeros((total, -(-widest // 32)), np.int32)
-            ancestor_mask(out.parents, out.query_start_loc, mask)
             tree = TreeStep(
                 rows=torch.arange(total),
                 query_start_loc=out.query_start_loc.tolist(),
                 context_lens=out.context_lens.tolist(),
                 block_table=torch.empty(0),  # the draft model's own, see its forward
-                mask=torch.from_numpy(mask),
+                mask=torch.from_numpy(step_mask(out.parents, out.query_start_loc)),
                 num_rows=total,
                 keep=False,
             )

@@ -11,7 +11,7 @@ import numpy as np
 from vllm_ouroboros.lengthening import build_trees, learn
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
 from vllm_ouroboros.rounds import Requests, Round, absorb_round, plan_round
-from vllm_ouroboros.tree import DraftTree, ancestor_mask, depths, walk
+from vllm_ouroboros.tree import DraftTree, depths, step_mask, walk
 
 
 class Drafting:
@@ -189,8 +189,7 @@ def warm_up() -> None:
     drafting.commit(slot, text[0], 4, PhraseSource.PROMPT)
     drafting.start(slot, 4, 4, 64)
     out, total, _ = drafting.plan(slots, slots, text)
-    mask = np.zeros((total, -(-total // 32)), np.int32)
-    ancestor_mask(out.parents, out.query_start_loc, mask)
+    step_mask(out.parents, out.query_start_loc)
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
     drafting.build(slots, slots, text)

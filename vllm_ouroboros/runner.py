@@ -20,7 +20,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ouroboros.proposer import OuroborosProposer
 from vllm_ouroboros.sampler import Verified, sample, verify
-from vllm_ouroboros.tree import DraftTree, ancestor_mask, depths
+from vllm_ouroboros.tree import DraftTree, depths, step_mask
 from vllm_ouroboros.tree_step import TreeStep, attach
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TreeBatch:
         rows: int64 [R], first sampled row of each request among the logits.
         starts: int64 [R], row of the root of each tree in the forward.
         branching: requests whose tree is no chain; their rows attend by mask.
-        steps: one `TreeStep` for each KV cache group, once the metadata is built.
+        steps: one `TreeStep` for each kind of attention metadata, once the metadata is built.
     """
 
     def __init__(self, trees: list[DraftTree | None], drafted: np.ndarray, ends: np.ndarray):
@@ -141,8 +141,7 @@ class OuroborosRunner(CPUModelRunner):
 
     def _attach_trees(self, trees: TreeBatch, metadata: dict[str, Any]) -> None:
         rows, parents, query_start_loc = trees.layout
-        mask = np.zeros((len(rows), -(-int(np.diff(query_start_loc).max()) // 32)), np.int32)
-        ancestor_mask(parents, query_start_loc, mask)
+        mask = step_mask(parents, query_start_loc)
         computed = self.input_batch.num_computed_tokens_cpu
         requests = torch.tensor(trees.branching)
         draft_layers = set(self.drafter.draft.layer_names) if self.drafter.draft else set()

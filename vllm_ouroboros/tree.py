@@ -117,6 +117,17 @@ def ancestor_mask(row_parents, query_start_loc, mask):
             mask[row, i >> 5] |= np.int32(np.uint32(1) << np.uint32(i & 31))
 
 
+def step_mask(row_parents, query_start_loc) -> np.ndarray:
+    """The packed mask int32 [T, words] of a step, wide enough for its largest request.
+
+    Arguments as for `ancestor_mask`; ``row_parents`` may be longer than T.
+    """
+    widest = int(np.diff(query_start_loc).max())
+    mask = np.zeros((int(query_start_loc[-1]), -(-widest // 32)), np.int32)
+    ancestor_mask(row_parents, query_start_loc, mask)
+    return mask
+
+
 @njit(cache=True)
 def depths(row_parents, query_start_loc, depth):
     """Depth int64 [T] of each row below the first row of its request; see `ancestor_mask`."""
