@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -11,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 VLLM_SUPPORTED = ("0.32.0", "0.33.0")
 """First supported version and first unsupported one."""
 
 WORKER = "vllm_ouroboros.runner.OuroborosCPUWorker"
 SCHEDULER = "vllm_ouroboros.scheduler.OuroborosScheduler"
+
+_SPECULATIVE = frozenset({
+    "model", "method", "num_speculative_tokens",
+    # vLLM fills these in
+    "prompt_lookup_max", "prompt_lookup_min", "target_model_config", "target_parallel_config",
+    "draft_model_config", "draft_parallel_config",
+})  # fmt: skip
+"""Fields of vLLM's `SpeculativeConfig` that mean something to a custom proposer."""
 
 
 def vllm_version() -> str | None:
@@ -80,6 +89,7 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
     except ConfigError as error:
         return [*problems, str(error)]
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    model = vllm_config.model_config
     refused = (
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size",
          parallel.pipeline_parallel_size, "1"),
@@ -94,7 +104,9 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         (vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER), "scheduler_cls",
          vllm_config.scheduler_config.scheduler_cls, "the default"),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "none"),
-        (vllm_config.lora_config is not None, "enable_lora", True, "false"),
+        (cache.kv_offloading_size is not None, "kv_offloading_size", cache.kv_offloading_size,
+         "none"),
+        (model.enable_prompt_embeds, "enable_prompt_embeds", True, "false"),
         (cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "kv_cache_dtype",
          cache.cache_dtype, "auto"),
     )  # fmt: skip
@@ -103,9 +115,23 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         for bad, key, value, fix in refused
         if bad
     ]
-    problems += check_model("model", vllm_config.model_config)
+    problems += check_speculative(vllm_config.speculative_config)
+    problems += check_model("model", model)
     if config.draft_model is not None:
-        problems += check_draft(config.draft_model, vllm_config.model_config)
+        problems += check_draft(config.draft_model, model)
+    return problems
+
+
+def check_speculative(speculative: SpeculativeConfig) -> list[str]:
+    """Options of vLLM's own ways to speculate, which would be ignored without a word."""
+    problems = []
+    for field in dataclasses.fields(speculative):
+        value = getattr(speculative, field.name)
+        if field.name not in _SPECULATIVE and value not in (None, field.default):
+            problems.append(
+                f"speculative_config.{field.name} = {value!r} has no effect with Ouroboros: "
+                "leave it out"
+            )
     return problems
 
 

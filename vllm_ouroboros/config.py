@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
 PROPOSER = "vllm_ouroboros.OuroborosProposer"
 """What users pass as ``--speculative-model``."""
@@ -41,7 +41,9 @@ class OuroborosConfig(BaseModel):
     pool_scope: Literal["global", "request"] = Field(
         "global", description="who shares phrases: all requests, or nobody"
     )
-    pool_path: str | None = Field(None, description="file of a warm pool (not available yet)")
+    pool_path: str | None = Field(
+        None, description="file of a warm pool, read at start and kept up to date; null keeps none"
+    )
     adaptive: bool = Field(False, description="choose settings per step (not available yet)")
 
     @classmethod
@@ -62,11 +64,13 @@ class OuroborosConfig(BaseModel):
             config = cls(**options)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
-        for key in ("pool_path", "adaptive"):
-            if getattr(config, key):
-                raise ConfigError(
-                    f"ouroboros.{key} = {options[key]!r}: not available yet, leave it out"
-                )
+        if config.adaptive:
+            raise ConfigError("ouroboros.adaptive = True: not available yet, leave it out")
+        if config.pool_path is not None and config.pool_scope == "request":
+            raise ConfigError(
+                f"ouroboros.pool_path = {config.pool_path!r}: a pool with pool_scope = 'request' "
+                "has no phrases to keep; leave out the one or the other"
+            )
         return config
 
     @classmethod
@@ -86,14 +90,18 @@ class OuroborosConfig(BaseModel):
             )
 
 
+def is_ours(speculative_config: SpeculativeConfig | None) -> bool:
+    """Whether a speculative config names our proposer."""
+    return (
+        speculative_config is not None
+        and speculative_config.method == "custom_class"
+        and speculative_config.model == PROPOSER
+    )
+
+
 def is_selected(vllm_config: VllmConfig) -> bool:
     """Whether this engine asked for our proposer."""
-    speculative = vllm_config.speculative_config
-    return (
-        speculative is not None
-        and speculative.method == "custom_class"
-        and speculative.model == PROPOSER
-    )
+    return is_ours(vllm_config.speculative_config)
 
 
 def _explain(cls: type[BaseModel], error: Any) -> str:

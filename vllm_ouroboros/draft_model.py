@@ -15,19 +15,15 @@ from vllm.config import (
 )
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.sampler import greedy
 from vllm_ouroboros.tree_step import TreeOnly, TreeStep
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-logger = init_logger(__name__)
 
 
 @njit(cache=True)
@@ -84,8 +80,12 @@ class DraftModel:
         from vllm.model_executor.model_loader import get_model
 
         before = set(get_layers_from_vllm_config(self.target_config, Attention))
+        # adapters are the target's: the draft model has none
         self.vllm_config = replace(
-            self.target_config, quant_config=None, model_config=self.model_config
+            self.target_config,
+            quant_config=None,
+            lora_config=None,
+            model_config=self.model_config,
         )
         with set_current_vllm_config(self.vllm_config), set_model_tag("ouroboros_draft"):
             self.model = get_model(vllm_config=self.vllm_config, prefix="ouroboros_draft")
@@ -201,9 +201,9 @@ class DraftModel:
             metadata.update(dict.fromkeys(names, built))
         return metadata
 
-    def predict(self, hidden: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-        """Greedy token int64 [M] after the rows int64 [M] of a forward."""
-        return greedy(self.model.compute_logits(hidden[torch.from_numpy(rows)]))
+    def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """Logits [M, vocab] of the rows int64 [M] of a forward."""
+        return self.model.compute_logits(hidden[torch.from_numpy(rows)])
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""

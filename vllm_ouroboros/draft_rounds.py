@@ -10,7 +10,10 @@ import torch
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.tree import step_mask
+from vllm_ouroboros.rounds import Round
+from vllm_ouroboros.sampler import greedy
+from vllm_ouroboros.token_sampler import Sampled, TokenSampler
+from vllm_ouroboros.tree import ROOT, child_of, step_mask
 from vllm_ouroboros.tree_step import TreeStep
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class DraftRounds:
     ) -> None:
         self.draft, self.drafting, self.max_rows = draft, drafting, max_rows
         self.counters, self.clock = counters, clock
+        self.sampler: TokenSampler | None = None  # the runner's, once there is one
 
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
@@ -98,6 +102,7 @@ class DraftRounds:
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
+        sampled: dict[int, Sampled],
     ) -> None:
         """Draft chains until every request has enough.
 
@@ -108,6 +113,8 @@ class DraftRounds:
             slots: int64 [R], slots of the requests in ``drafting``.
             rows: int64 [R], their rows in the runner's batch.
             token_ids: int32 [*, max_model_len].
+            sampled: by slot, the requests that do more than take the argmax, with noise of which
+                each drafted token takes one draw.
         """
         state, drafting = self.drafting.state, self.drafting
         able = state.known[slots] + drafting.budget < self.draft.max_len
@@ -122,9 +129,16 @@ class DraftRounds:
                 return
             for first in range(0, len(slots), most):
                 part = slice(first, first + most)
-                self._round(runner, slots[part], rows[part], token_ids)
+                self._round(runner, slots[part], rows[part], token_ids, sampled)
 
-    def _round(self, runner, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray) -> None:
+    def _round(
+        self,
+        runner,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+        sampled: dict[int, Sampled],
+    ) -> None:
         """One masked draft forward for some requests."""
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids)
@@ -144,9 +158,57 @@ class DraftRounds:
         predicted = np.zeros(total, np.int64)
         wanted_rows = out.logits_rows[:wanted]
         with self.clock.model():
-            predicted[wanted_rows] = self.draft.predict(hidden, wanted_rows)
+            logits = self.draft.logits(hidden, wanted_rows)
+        with self.clock.phase("choose"):
+            predicted[wanted_rows] = greedy(logits)
+            if sampled:
+                self._sample(runner, slots, rows, out, logits, predicted, sampled)
         with self.clock.phase("absorb"):
             self.drafting.absorb(slots, out, predicted)
+
+    def _sample(
+        self,
+        runner,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        out: Round,
+        logits: torch.Tensor,
+        predicted: np.ndarray,
+        sampled: dict[int, Sampled],
+    ) -> None:
+        """Choose as the target will: put sampled tokens in place of the most probable ones.
+
+        The guesses of a request are walked like a tree in verification, a wave of rows for each
+        depth; only the rows that a walk comes to are sampled.
+        """
+        assert self.sampler is not None
+        state, live = self.drafting.state, runner.input_batch.sampling_metadata
+        wanted = out.logits_rows[: logits.shape[0]]
+        firsts = np.searchsorted(wanted, out.query_start_loc[:-1] + out.num_known - 1)
+        nodes = {i: ROOT for i, slot in enumerate(slots.tolist()) if slot in sampled}
+        paths = {i: state.chain[slots[i], : state.chain_len[slots[i]]].tolist() for i in nodes}
+        while nodes:
+            index = torch.tensor([int(firsts[i]) + 1 + node for i, node in nodes.items()])
+            chosen = self.sampler.after_paths(
+                logits[index],
+                live,
+                [int(rows[i]) for i in nodes],
+                [sampled[int(slots[i])] for i in nodes],
+                [paths[i] for i in nodes],
+                logprobs=False,
+            )
+            going = {}
+            tokens = chosen.sampled_token_ids[:, 0].tolist()
+            for (i, node), token in zip(nodes.items(), tokens, strict=True):
+                current = int(out.query_start_loc[i] + out.num_known[i]) - 1
+                predicted[current + 1 + node] = token
+                size = int(out.num_guesses[i])
+                part = slice(current + 1, current + 1 + size)
+                child = child_of(out.tokens[part], out.guesses[part], size, node, token)
+                if child >= 0:
+                    going[i] = child
+                    paths[i].append(token)
+            nodes = going
 
     def _forward(self, *args) -> torch.Tensor:
         self.counters.draft_forwards += 1

@@ -52,29 +52,27 @@ class Drafting:
             chain=np.zeros((size, budget), np.int32),
             chain_len=np.zeros(size, np.int32),
             done=np.zeros(size, np.bool_),
+            narrow=np.zeros(size, np.bool_),
             tokens=np.zeros((size, budget), np.int32),
             parents=np.zeros((size, budget), np.int32),
             sources=np.zeros((size, budget), np.int32),
             size=np.zeros(size, np.int32),
         )
         self._free = list(range(size - 1, -1, -1))
-        self._next_scope = 0
 
     @property
     def bytes(self) -> int:
         """Bytes of all request state; fixed for the life of the engine."""
         return sum(array.nbytes for array in self.state)
 
-    def add(self, private: bool = False) -> int:
-        """A slot for a new request; ``private`` gives it a scope of its own."""
+    def add(self, scope: int = 0) -> int:
+        """A slot for a new request, which shares phrases within ``scope`` (see `Scopes`)."""
         slot = self._free.pop()
         state = self.state
-        for array in (state.known, state.fed, state.levels, state.scope):
+        for array in (state.known, state.fed, state.levels):
             array[slot] = 0
+        state.scope[slot] = scope
         self.reset(slot, 0)
-        if private:
-            self._next_scope = self._next_scope % (2**31 - 2) + 1
-            state.scope[slot] = self._next_scope
         return slot
 
     def reset(self, slot: int, cached: int) -> None:
@@ -94,8 +92,11 @@ class Drafting:
             self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source)
         )
 
-    def start(self, slot: int, known: int, limit: int, capacity: int) -> None:
-        """Begin a draft of at most ``limit`` nodes after ``known`` committed tokens."""
+    def start(self, slot: int, known: int, limit: int, capacity: int, narrow: bool = False) -> None:
+        """Begin a draft of at most ``limit`` nodes after ``known`` committed tokens.
+
+        ``narrow`` keeps it a chain.
+        """
         state = self.state
         state.known[slot] = known
         state.cached[slot] = min(state.cached[slot], known - 1)
@@ -103,6 +104,7 @@ class Drafting:
         state.capacity[slot] = capacity
         state.chain_len[slot] = 0
         state.done[slot] = state.limit[slot] <= 0
+        state.narrow[slot] = narrow
 
     def plan(self, slots, rows, token_ids) -> tuple[Round, int, int]:
         """Rows of the next round.

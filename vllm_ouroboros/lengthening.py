@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from vllm_ouroboros.phrases import PhraseSource, find, insert
-from vllm_ouroboros.tree import ROOT, NodeSource, grow
+from vllm_ouroboros.tree import ROOT, NodeSource, child_of, grow
 
 _DRAFT = int(NodeSource.DRAFT)
 _SUFFIX = int(NodeSource.SUFFIX)
@@ -34,6 +34,7 @@ def _until(pool, slot, g, stops):
 @njit(cache=True)
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
     """Fill the trees: the chain, up to K suffixes at its end, phrases at the root with the rest.
+    A request that is `narrow` gets a chain: its own with the best suffix.
 
     Phrases that stood in text or that the target confirmed come before guesses of the window, at
     either place.
@@ -69,7 +70,9 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
                 if num_suffixes == 0 or slot < 0 or (at == end and ended):
                     continue
                 count = pool.counts[slot]
-                if at == end:
+                if req.narrow[s]:
+                    count = min(count, 1) if at == end == size - 1 else 0
+                elif at == end:
                     count = min(count, num_suffixes)
                 for g in range(count):
                     if (pool.sources[slot, g] == _WINDOW) == guessed:
@@ -128,11 +131,7 @@ def _correct(pool, scope, key, start, tokens, parents, size, predicted):
         node = start
         held = 0
         for i in range(lengths[g]):
-            child = -1
-            for candidate in range(node + 1, size):
-                if parents[candidate] == node and tokens[candidate] == phrases[g, i]:
-                    child = candidate
-                    break
+            child = child_of(tokens, parents, size, node, phrases[g, i])
             if child < 0:
                 break
             corrected[i] = predicted[node + 1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_ouroboros.compat import SCHEDULER, WORKER, check_engine
-from vllm_ouroboros.config import ConfigError, is_selected
+from vllm_ouroboros.config import ConfigError, is_ours, is_selected
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,21 @@ def _wrap_from_cli_args(original: Any) -> Any:
     return classmethod(from_cli_args)
 
 
+def _sampling_params() -> type:
+    from vllm import SamplingParams
+
+    return SamplingParams
+
+
+def _wrap_validate_spec_decode(original: Any) -> Any:
+    @functools.wraps(original)
+    def _validate_spec_decode(self, speculative_config) -> None:
+        if not is_ours(speculative_config):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
+
+
 PATCHES = (
     Patch(
         owner=_platform,
@@ -153,6 +168,14 @@ PATCHES = (
         why="--ouroboros-config becomes a part of additional_config",
         upstream="vllm.engine.arg_utils.EngineArgs.from_cli_args",
         remove_when="general plugins can register flags",
+    ),
+    Patch(
+        owner=_sampling_params,
+        name="_validate_spec_decode",
+        wrap=_wrap_validate_spec_decode,
+        why="min_p and logit_bias, which vLLM refuses with any speculative decoding",
+        upstream="vllm.sampling_params.SamplingParams._validate_spec_decode",
+        remove_when="vLLM asks the proposer what it can do",
     ),
 )
 

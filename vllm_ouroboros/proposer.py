@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_rounds import Behind, DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
-from vllm_ouroboros.sampler import Verified, can_speculate
+from vllm_ouroboros.phrases import PhrasePool, PhraseSource, Scopes
+from vllm_ouroboros.pool_file import PoolFile, tokenizer_hash
+from vllm_ouroboros.sampler import Verified
+from vllm_ouroboros.token_sampler import Sampled, TokenSampler, can_speculate, stateless
 from vllm_ouroboros.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
 
 NO_SLOT = -1
 
@@ -31,8 +38,10 @@ class Request:
     """What the proposer knows of a live request."""
 
     slot: int  # NO_SLOT while preempted
+    scope: int  # whom it shares phrases with
     speculates: bool
-    stops: frozenset[int]
+    narrow: bool  # a grammar follows its draft token by token: no branches
+    sampled: Sampled
     max_tokens: int
     tree: DraftTree | None = None
     origins: list[int] = field(default_factory=list)
@@ -68,6 +77,8 @@ class OuroborosProposer:
             stops=tuple(sorted(self.eos)),
         )
         self.requests: dict[str, Request] = {}
+        self.scopes = Scopes(self.drafting.pool)
+        self.custom_processors = self.opaque_processors = False
         self.counters = Counters()
         self.clock = StepClock()
         self.rounds = None
@@ -78,11 +89,27 @@ class OuroborosProposer:
             )  # fmt: skip
         self.tracing = False
         self.finished_origins: dict[str, list[int]] = {}
+        self.pool_file: PoolFile | None = None
         self._runner: GPUModelRunner | None = None
 
-    def bind(self, runner: GPUModelRunner) -> None:
-        """Tell the proposer which runner it drafts for."""
+    def bind(self, runner: GPUModelRunner, sampler: TokenSampler) -> None:
+        """Tell the proposer which runner it drafts for, and how that runner samples."""
         self._runner = runner
+        if self.rounds is not None:
+            self.rounds.sampler = sampler
+        processors = [*sampler.processors.all]
+        self.custom_processors = any(
+            not isinstance(p, tuple(BUILTIN_LOGITS_PROCESSORS)) for p in processors
+        )
+        opaque = sorted({type(p).__qualname__ for p in processors if not stateless(p)})
+        self.opaque_processors = bool(opaque)
+        if opaque:
+            logger.warning(
+                "Ouroboros drafts nothing in this engine: logits processor %s may depend on more "
+                "than parameters, prompt and output. If it does not, give the class the attribute "
+                "ouroboros_stateless = True.",
+                ", ".join(opaque),
+            )
 
     @property
     def runner(self) -> GPUModelRunner:
@@ -97,36 +124,66 @@ class OuroborosProposer:
     def load_model(self, target: torch.nn.Module) -> None:
         """Load the draft model; called by the runner once the target is loaded."""
         del target
-        assert self.runner is not None
         if self.draft is not None:
             self.draft.load()
         warm_up()
+        if self.config.pool_path is not None:
+            model = self.runner.model_config
+            # without a tokenizer the model's name stands for it
+            vocab = {model.model: 0}
+            if not model.skip_tokenizer_init:
+                vocab = cached_tokenizer_from_config(model).get_vocab()
+            self.pool_file = PoolFile(
+                self.config.pool_path,
+                vocab_size=model.get_vocab_size(),
+                tokenizer_hash=tokenizer_hash(vocab),
+            )
+            self.pool_file.load(self.drafting.pool)
 
     # -- life of a request ---------------------------------------------------------------------
 
-    def admit(self, req_id: str, state: CachedRequestState, num_computed: int) -> None:
-        """A request is new or comes back from preemption with ``num_computed`` tokens cached."""
-        request = self.requests.get(req_id)
-        if request is None:
-            params = state.sampling_params
-            stops: frozenset[int] = frozenset()
-            if params is not None:
-                stops = frozenset(params.stop_token_ids or ())
-                if not params.ignore_eos:
-                    stops |= self.eos
-            request = self.requests[req_id] = Request(
-                slot=self._new_slot(),
-                speculates=can_speculate(params),
-                stops=stops,
-                max_tokens=(params.max_tokens if params else None) or self.max_model_len,
-            )
-        elif request.slot == NO_SLOT:
-            request.slot = self._new_slot()
+    def admit(
+        self, req_id: str, state: CachedRequestState, num_computed: int, tenant: str | None
+    ) -> None:
+        """A request is new, with ``num_computed`` tokens cached.
+
+        Args:
+            req_id: vLLM's id; one that lives already goes on with another prompt (a session that
+                streams its input).
+            state: vLLM's view of the request.
+            num_computed: tokens whose KV is in its blocks.
+            tenant: its ``cache_salt``; phrases stay among requests with the same one.
+        """
+        before = self.requests.get(req_id)
+        if before is not None:
+            state.generator = before.sampled.generator
+            self.forget(req_id)
+        params = state.sampling_params
+        assert params is not None
+        scope = 0
+        if self.config.pool_scope == "request":
+            scope = self.scopes.new()
+        elif tenant is not None or state.lora_request is not None:
+            lora = state.lora_request
+            adapter = lora and (lora.lora_name, lora.lora_int_id)
+            scope = self.scopes.of((tenant, adapter))
+        self.requests[req_id] = Request(
+            slot=self.drafting.add(scope),
+            scope=scope,
+            speculates=not self.opaque_processors and can_speculate(params),
+            narrow=params.structured_outputs is not None,
+            sampled=Sampled.of(state, self.eos, self.custom_processors, self.runner.device),
+            max_tokens=params.max_tokens or self.max_model_len,
+        )
+        self.resume(req_id, num_computed)
+
+    def resume(self, req_id: str, num_computed: int) -> None:
+        """A request comes back from preemption with ``num_computed`` tokens cached."""
+        request = self.requests[req_id]
+        if request.slot == NO_SLOT:
+            request.slot = self.drafting.add(request.scope)
         request.tree = None
         self.drafting.reset(request.slot, num_computed)
-
-    def _new_slot(self) -> int:
-        return self.drafting.add(private=self.config.pool_scope == "request")
 
     def suspend(self, req_id: str) -> None:
         """A request is preempted: its KV is gone, it may come back."""
@@ -209,6 +266,8 @@ class OuroborosProposer:
             with self.clock.phase("learn"):
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            if self.pool_file is not None and self.pool_file.due():
+                self.pool_file.save_in_background(self.drafting.pool)
         self.clock.end_step(len(drafts))
         return drafts
 
@@ -218,6 +277,7 @@ class OuroborosProposer:
         runner, batch = self.runner, self.runner.input_batch
         behind: list[Behind] = []
         slots, rows = [], []
+        sampled: dict[int, Sampled] = {}
         for row, emitted in enumerate(sampled_token_ids):
             req_id = batch.req_ids[row]
             request = self.requests[req_id]
@@ -231,15 +291,17 @@ class OuroborosProposer:
             self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
             behind.append(Behind(slot, row, length - 1, length - 1 <= prompt))
             limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
-            if request.speculates and limit > 0 and emitted[-1] not in request.stops:
+            if request.speculates and limit > 0 and emitted[-1] not in request.sampled.stops:
                 capacity = self.rounds.capacity(runner, row) if self.rounds else 0
-                self.drafting.start(slot, length, limit, capacity)
+                self.drafting.start(slot, length, limit, capacity, request.narrow)
                 slots.append(slot)
                 rows.append(row)
+                if self.rounds is not None and not request.sampled.plain:
+                    sampled[slot] = request.sampled.ahead()
         slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
         if self.rounds is not None:
             self.rounds.catch_up(runner, behind, token_ids_cpu)
-            self.rounds.run(runner, slot_array, row_array, token_ids_cpu)
+            self.rounds.run(runner, slot_array, row_array, token_ids_cpu, sampled)
         with self.clock.phase("build"):
             self.drafting.build(slot_array, row_array, token_ids_cpu)
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
@@ -258,6 +320,11 @@ class OuroborosProposer:
         """Compile the draft model, which the first request would otherwise wait for."""
         if self.draft is not None:
             self.draft.warm_up(num_tokens)
+
+    def shut_down(self) -> None:
+        """Save what should outlive the engine."""
+        if self.pool_file is not None:
+            self.pool_file.close(self.drafting.pool)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""

@@ -41,6 +41,7 @@ class Requests(NamedTuple):
     chain: np.ndarray  # int32 [S, B]
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
+    narrow: np.ndarray  # bool [S], the tree must be a chain
     tokens: np.ndarray  # int32 [S, B], the tree: see DraftTree
     parents: np.ndarray  # int32 [S, B]
     sources: np.ndarray  # int32 [S, B]

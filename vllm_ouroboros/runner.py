@@ -1,29 +1,33 @@
 """The model runner and worker: where trees enter vLLM's step and leave it again.
 
-vLLM's step is kept whole. Five of its stages are extended: after the batch is updated, requests
+vLLM's step is kept whole. Four of its stages are extended: after the batch is updated, requests
 are made known to the proposer; after the inputs are prepared, tree nodes get their positions;
 after the attention metadata is built, the tree mask is attached; sampling walks the trees and
-moves the accepted KV; bookkeeping leaves seeded generators of unfinished prompts alone.
+moves the accepted KV.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.sample import logits_processor
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ouroboros.proposer import OuroborosProposer
-from vllm_ouroboros.sampler import Verified, sample, verify
+from vllm_ouroboros.sampler import Verified, verify
+from vllm_ouroboros.token_sampler import TokenSampler, build_processors
 from vllm_ouroboros.tree import DraftTree, depths, step_mask
 from vllm_ouroboros.tree_step import TreeStep, attach
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import SamplerOutput
 
@@ -68,11 +72,29 @@ class OuroborosRunner(CPUModelRunner):
     drafter: OuroborosProposer
 
     def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.drafter.bind(self)
+        self._init_without_processors(*args, **kwargs)
+        # one set that vLLM's batch keeps up to date, and one for the rows of trees
+        batch = self.input_batch
+        batch.logitsprocs, processors = (
+            build_processors(self.vllm_config, self.device) for _ in range(2)
+        )
+        batch.logitsprocs_need_output_token_ids = bool(self.model_config.logits_processors)
+        self.token_sampler = TokenSampler(self.sampler, processors)
+        self.drafter.bind(self, self.token_sampler)
         self.trees: TreeBatch | None = None
         self.verified: dict[str, Verified] = {}
         self.scheduled_tokens: dict[str, int] = {}
+
+    def _init_without_processors(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
+        """vLLM's set-up, which ends with an error if it sees custom logits processors here."""
+        model_config = vllm_config.model_config
+        custom, model_config.logits_processors = model_config.logits_processors, None
+        logger = logging.getLogger(logits_processor.__name__)
+        logger.disabled = True  # it would warn that min_p and logit_bias do not work
+        try:
+            super().__init__(vllm_config, *args, **kwargs)
+        finally:
+            model_config.logits_processors, logger.disabled = custom, False
 
     def warming_up_model(self) -> None:
         super().warming_up_model()
@@ -95,11 +117,15 @@ class OuroborosRunner(CPUModelRunner):
             self.drafter.suspend(req_id)
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            self.drafter.admit(new.req_id, self.requests[new.req_id], new.num_computed_tokens)
+            state, tenant = self.requests[new.req_id], getattr(new, "cache_salt", None)
+            self.drafter.admit(new.req_id, state, new.num_computed_tokens, tenant)
+        # The proposer has them now. vLLM would rewind those of unfinished prompts by an offset,
+        # which CPU generators lack: a seeded request under chunked prefill ends stock 0.32.0.
+        self.input_batch.generators.clear()
         cached = scheduler_output.scheduled_cached_reqs
         for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if req_id in cached.resumed_req_ids:
-                self.drafter.admit(req_id, self.requests[req_id], computed)
+                self.drafter.resume(req_id, computed)
         self.scheduled_tokens = scheduler_output.num_scheduled_tokens
         return result
 
@@ -171,22 +197,20 @@ class OuroborosRunner(CPUModelRunner):
     # -- outputs -------------------------------------------------------------------------------
 
     def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
-        trees, metadata = self.trees, self.input_batch.sampling_metadata
-        self.verified = {}
-        if spec_decode_metadata is None or trees is None:
-            return super()._sample(logits, spec_decode_metadata)
+        trees, req_ids = self.trees, self.input_batch.req_ids
+        assert trees is not None
         self.input_batch.update_async_output_token_ids()
-        req_ids = self.input_batch.req_ids
         with self.drafter.clock.phase("accept"):
-            # scores that depend on the whole sampling pipeline exist for sampled rows only
-            raw = metadata.max_num_logprobs is None or self.sampler.logprobs_mode.startswith("raw")
-            accept = raw and not metadata.logprob_token_ids
-            stops = [self.drafter.requests[req_id].stops for req_id in req_ids]
-            verified, last = verify(logits, trees.rows, trees.trees, stops, accept)
-            held = [(g, g.get_state()) for g in self._unfinished_generators().values()]
-            output = sample(self.sampler, logits, trees.rows, verified, last, metadata)
-            for generator, state in held:
-                generator.set_state(state)
+            unfinished = np.nonzero(self.discard_request_mask.np[: len(req_ids)])[0]
+            verified, output = verify(
+                self.token_sampler,
+                logits,
+                trees.rows,
+                trees.trees,
+                [self.drafter.requests[req_id].sampled for req_id in req_ids],
+                set(unfinished.tolist()),
+                self.input_batch.sampling_metadata,
+            )
         with self.drafter.clock.phase("compact"):
             self._compact(trees, verified)
         self.verified = {r: v for r, v in zip(req_ids, verified, strict=True) if v is not None}
@@ -214,23 +238,6 @@ class OuroborosRunner(CPUModelRunner):
             for step in trees.steps:
                 step.write(torch.tensor(moves))
 
-    def _unfinished_generators(self) -> dict[int, torch.Generator]:
-        """Generators of seeded requests in the middle of their prompt: they must not advance."""
-        generators = self.input_batch.generators
-        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
-        return {int(r): generators[int(r)] for r in unfinished if int(r) in generators}
-
-    def _bookkeeping_sync(self, *args, **kwargs):
-        # vLLM rewinds these generators by an offset, which CPU generators do not have: a seeded
-        # request under chunked prefill ends stock 0.32.0. `_sample` has put them back already.
-        held = self._unfinished_generators()
-        for r in held:
-            del self.input_batch.generators[r]
-        try:
-            return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            self.input_batch.generators.update(held)
-
     def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
         return common_attn_metadata is not None  # the limits are kept per request
 
@@ -252,6 +259,13 @@ class OuroborosCPUWorker(CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+
+    def shutdown(self) -> None:
+        """Save the phrase pool, then end as vLLM does."""
+        runner = getattr(self, "model_runner", None)  # absent if the start failed
+        if runner is not None:
+            runner.drafter.shut_down()
+        super().shutdown()
 
     def ouroboros_stats(self) -> dict[str, int]:
         """Counters; see `OuroborosProposer.stats`."""

@@ -1,4 +1,4 @@
-"""vLLM's scheduler with KV slots reserved for the draft chain."""
+"""vLLM's scheduler with KV slots reserved for the draft chain, and tenants made known."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ class OuroborosScheduler(Scheduler):
                 cdiv(tokens, manager.block_size)
                 for manager in self.kv_cache_manager.coordinator.single_type_managers
             )
+
+    def schedule(self, *args, **kwargs):
+        """Schedule a step; new requests take their ``cache_salt`` along to the worker."""
+        output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            new.cache_salt = self.requests[new.req_id].cache_salt
+        return output

@@ -50,6 +50,15 @@ class DraftTree(NamedTuple):
 
 
 @njit(cache=True)
+def child_of(tokens, parents, size, node, token):
+    """The first child of a node (or ROOT) that carries ``token``, or -1."""
+    for candidate in range(node + 1, size):
+        if parents[candidate] == node and tokens[candidate] == token:
+            return candidate
+    return -1
+
+
+@njit(cache=True)
 def grow(tokens, parents, sources, size, budget, parent, phrase, start, length, source):
     """Add a path below ``parent``, sharing the nodes that are already there.
 
@@ -58,11 +67,7 @@ def grow(tokens, parents, sources, size, budget, parent, phrase, start, length, 
     node = parent
     for i in range(length):
         token = phrase[start + i]
-        child = -1
-        for candidate in range(max(node, 0), size):
-            if parents[candidate] == node and tokens[candidate] == token:
-                child = candidate
-                break
+        child = child_of(tokens, parents, size, node, token)
         if child < 0:
             if size >= budget:
                 return size, node

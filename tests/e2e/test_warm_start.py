@@ -1,0 +1,52 @@
+"""The phrase pool outlives the engine."""
+
+from __future__ import annotations
+
+import pytest
+from vllm import LLM, SamplingParams
+
+import vllm_ouroboros
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
+
+
+@pytest.fixture
+def engine(tools, pair):
+    """Start an engine with a pool file; at most one at a time."""
+    engines = tools.Engines()
+
+    def start(path) -> LLM:
+        engines.close()
+        return engines.get(
+            **{**tools.BASE, "max_num_seqs": 1},
+            speculative_config={"model": tools.PROPOSER, "num_speculative_tokens": 26},
+            additional_config={"ouroboros": {"pool_path": str(path)}},
+        )
+
+    yield start
+    engines.close()
+
+
+def test_a_second_engine_starts_warm(engine, prompts, vanilla, tools, tmp_path):
+    path, some = tmp_path / "pool.safetensors", prompts[:8]
+    expected = tools.tokens_of(vanilla(some, GREEDY))
+    llm = engine(path)
+    assert vllm_ouroboros.stats(llm)["pool_phrases"] == 0
+    with tools.Used(llm) as cold:
+        assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
+    held = vllm_ouroboros.stats(llm)["pool_phrases"]
+    llm = engine(path)  # ends the first, which saves
+    assert vllm_ouroboros.stats(llm)["pool_phrases"] == held > 0
+    with tools.Used(llm) as warm:
+        assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
+    assert warm["accepted_tokens"] > cold["accepted_tokens"]
+
+
+def test_a_file_that_is_not_ours_stays(engine, prompts, tools, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a pool")
+    llm = engine(path)
+    assert vllm_ouroboros.stats(llm)["pool_phrases"] == 0
+    tools.generate(llm, prompts[:2], GREEDY)
+    engine(tmp_path / "other")  # ends the first
+    assert path.read_text() == "not a pool"

@@ -1,0 +1,298 @@
+"""The file of a warm phrase pool: read at start, written now and then and at shutdown.
+
+The file is safetensors: metadata that name the format and the tokenizer, and one row a phrase, in
+the order in which inserting them fills a pool, so that the last row counts most. It does not depend
+on the G, β or capacity of the pool it came from. Only phrases of scope 0, which all requests share,
+are ever written: the other scopes belong to tenants or to one request.
+
+Nothing here raises because of a file; what is wrong is logged, and decoding goes on without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from numba import njit
+
+from vllm_ouroboros.phrases import PhrasePool, PhraseSource, PoolArrays, insert
+
+FORMAT = "vllm-ouroboros phrase pool"
+FORMAT_VERSION = 1
+SAVE_INTERVAL_S = 300.0  # between two periodic saves
+
+# key token [m], length [m] and `PhraseSource` [m] of m phrases; their tokens [m, β], then zeros
+_DTYPES = {"keys": "int32", "lengths": "int32", "sources": "int8", "tokens": "int32"}
+_MAX_HEADER = 2**20  # bytes; ours takes less than one kB
+_TEMP_SUFFIX = ".ouroboros-tmp"
+_FIX = "move it away or set another pool_path"
+
+# vLLM configures the loggers below "vllm" alone: elsewhere its format is not used and info is lost.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+class _ForeignError(Exception):
+    """A file to leave alone; the message goes on from the path and says what it is."""
+
+
+def tokenizer_hash(vocab: Mapping[str, int]) -> str:
+    """SHA-256 of a tokenizer's vocabulary (token to id), in hex; the order does not matter."""
+    pairs = sorted((token, int(i)) for token, i in vocab.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+class PoolFile:
+    """The file at one path, for one tokenizer.
+
+    What stands at the path is overwritten only if it is a sound file of this format and of this
+    tokenizer, whenever it came there. A new file is readable by its owner alone, for it holds
+    pieces of users' texts; the mode of an existing one is kept. ``~`` and symbolic links are
+    followed. All token ids are below ``vocab_size``; ``clock`` gives seconds.
+    """
+
+    def __init__(
+        self, path: str | Path, *, vocab_size: int, tokenizer_hash: str, clock=time.monotonic
+    ) -> None:
+        # pathlib's own of these two raise, on an unknown user and on a loop of links
+        self.path = Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+        self.vocab_size = vocab_size
+        self.tokenizer_hash = tokenizer_hash
+        self._clock = clock
+        self._next = clock() + SAVE_INTERVAL_S
+        self._saved = 0  # insertions into the pool that the file knows of
+        self._ours: tuple[int, ...] | None = None  # mark of the file last found sound
+        self._told = ""  # the last warning, to give it once
+        self._thread: threading.Thread | None = None
+
+    def load(self, pool: PhrasePool) -> int:
+        """Make the file's phrases the contents of ``pool``; returns how many it then holds.
+
+        They are cut to its β, G and capacity, and those used last are kept; its counts of
+        insertions and lookups stay as they are. Without a usable file it is empty.
+        """
+        pool.clear()
+        self._saved = _insertions(pool)
+        try:
+            tensors = self._read()
+        except _ForeignError as error:
+            self._warn(f"{error}: starting with no phrases, and the file stays as it is", _FIX)
+            return 0
+        if tensors is not None:
+            inserted = pool.arrays.inserted.copy()
+            _refill(pool.arrays, *(tensors[name] for name in _DTYPES))
+            pool.arrays.inserted[:] = inserted
+        logger.info("pool_path %s: starting with %d phrases", self.path, len(pool))
+        if not os.access(folder := self.path.parent, os.W_OK | os.X_OK):
+            why = "no permission to write in" if folder.is_dir() else "there is no directory"
+            self._warn(f"cannot be saved: {why} {folder}", "mend that or set another pool_path")
+        return len(pool)
+
+    def save(self, pool: PhrasePool) -> bool:
+        """Write the shared phrases; returns whether the file now has them.
+
+        A pool without any is not written: there is nothing to win and a warm file to lose.
+        """
+        self._wait()
+        return self._write(_snapshot(pool.arrays), _insertions(pool))
+
+    def due(self) -> bool:
+        """Whether it is time for a periodic save."""
+        return self._clock() >= self._next
+
+    def save_in_background(self, pool: PhrasePool) -> bool:
+        """Copy the shared phrases now and write them in a thread; returns whether it was started.
+
+        It is not if nothing was inserted since the last save or the last one is still at work.
+        Either way the next save is due `SAVE_INTERVAL_S` from now.
+        """
+        self._next = self._clock() + SAVE_INTERVAL_S
+        if (self._thread and self._thread.is_alive()) or _insertions(pool) == self._saved:
+            return False
+        work = (_snapshot(pool.arrays), _insertions(pool))
+        thread = threading.Thread(target=self._write, args=work, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._warn(f"was not written ({error})", "raise the limit of threads")
+            return False
+        self._thread = thread
+        return True
+
+    def close(self, pool: PhrasePool) -> bool:
+        """Wait for a running write, then save what changed; returns whether that was written."""
+        self._wait()
+        return _insertions(pool) != self._saved and self.save(pool)
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+    def _warn(self, what: str, fix: str) -> None:
+        """Log a warning, unless it was the last one."""
+        message = f"pool_path {self.path} {what}; {fix}"
+        if message != self._told:
+            self._told = message
+            logger.warning("%s", message)
+
+    def _read(self) -> dict[str, np.ndarray] | None:
+        """The file's tensors, checked; None if there is no file.
+
+        Raises `_ForeignError` if it cannot be used, for whatever reason.
+        """
+        try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise _ForeignError("is not a regular file")
+            # not mapped: a mapped file that someone shortens meanwhile ends the process
+            with self.path.open("rb") as file:
+                mark = _mark(os.fstat(file.fileno()))
+                size = file.read(8)
+                header = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+                self._check_header(header)
+                tensors = safetensors.numpy.load(size + header + file.read())
+            _check_tensors(tensors, self.vocab_size)
+        except FileNotFoundError:
+            return None
+        except _ForeignError:
+            raise
+        except Exception as error:  # no permission, or whatever parsers make of a broken file
+            raise _ForeignError(f"is truncated, damaged or unreadable ({error!r:.200})") from error
+        self._ours = mark
+        return {name: array.copy() for name, array in tensors.items()}
+
+    def _metadata(self) -> dict[str, str]:
+        plugin = "unknown"
+        with suppress(metadata.PackageNotFoundError):
+            plugin = metadata.version("vllm-ouroboros")
+        return {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "plugin_version": plugin,
+            "vocab_size": str(self.vocab_size),
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+
+    def _check_header(self, header: bytes) -> None:
+        """Raises `_ForeignError` unless a safetensors header is that of a file for us."""
+        found, wanted = {}, self._metadata()
+        with suppress(Exception):
+            found = dict(json.loads(header)["__metadata__"])
+        if found.get("format") != FORMAT:
+            raise _ForeignError("is truncated or not a phrase pool of vllm-ouroboros")
+        for key in ("format_version", "vocab_size", "tokenizer_hash"):
+            if found[key] != wanted[key]:
+                what = f"{found[key]!r:.80}, here it is {wanted[key]!r}"
+                raise _ForeignError(f"is for another {key.replace('_', ' ')} ({what})")
+
+    def _write(self, snapshot: tuple[np.ndarray, ...], insertions: int) -> bool:
+        try:
+            tensors = _compact(snapshot, self.vocab_size)
+            if not tensors["keys"].size:
+                return False
+            self._refuse_foreign()
+            self._replace(safetensors.numpy.save(tensors, self._metadata()))
+        except _ForeignError as error:
+            self._warn(f"{error}: phrases are not saved, and the file stays as it is", _FIX)
+            return False
+        except Exception as error:  # a full disk, a directory that is gone, ...
+            why = getattr(error, "strerror", None) or error
+            self._warn(f"was not written ({why})", "what stood there is unchanged")
+            return False
+        self._saved, self._told = insertions, ""
+        return True
+
+    def _refuse_foreign(self) -> None:
+        """Raises `_ForeignError` if what stands at the path is not ours to overwrite."""
+        with suppress(FileNotFoundError):
+            if _mark(self.path.stat()) != self._ours:
+                self._read()
+
+    def _replace(self, data: bytes) -> None:
+        """Put a complete new file in the place of the old one.
+
+        A writer locks its temporary file, so one that can be locked was left by a crash.
+        """
+        folder, prefix = self.path.parent, f".{self.path.name}."
+        for left in folder.glob(glob.escape(prefix) + "*" + _TEMP_SUFFIX):
+            with suppress(OSError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        with tempfile.NamedTemporaryFile(
+            dir=folder, prefix=prefix, suffix=_TEMP_SUFFIX, delete=False
+        ) as temp:
+            try:
+                with suppress(OSError):  # file systems without locks
+                    fcntl.flock(temp, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError):  # no file yet, or file systems without modes
+                    os.fchmod(temp.fileno(), stat.S_IMODE(self.path.stat().st_mode))
+                temp.write(data)
+                temp.flush()
+                os.fsync(temp.fileno())
+                self._refuse_foreign()  # again: it may have come meanwhile
+                Path(temp.name).replace(self.path)
+                self._ours = _mark(os.fstat(temp.fileno()))
+            finally:
+                Path(temp.name).unlink(missing_ok=True)
+
+
+def _insertions(pool: PhrasePool) -> int:
+    return int(pool.arrays.inserted.sum())
+
+
+def _mark(status: os.stat_result) -> tuple[int, ...]:
+    """What changes whenever a file is written or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _snapshot(pool: PoolArrays) -> tuple[np.ndarray, ...]:
+    """Copies of the slots of scope 0 (a free slot has the key -1)."""
+    slots = np.nonzero(pool.keys >> 32 == 0)[0]
+    return tuple(column[slots] for column in pool[:6])  # keys to tokens
+
+
+def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.ndarray]:
+    """The file's tensors; ids outside the vocabulary, which `load` would refuse, are left out.
+
+    Free places hold what was there before, of any scope: none of it may get into the file.
+    """
+    order = np.argsort(snapshot[1])
+    keys, _, counts, lengths, sources, tokens = (column[order] for column in snapshot)
+    tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
+    held = np.arange(tokens.shape[1]) < counts[:, None]
+    held &= ((tokens >= 0) & (tokens < vocab_size)).all(2) & (keys < vocab_size)[:, None]
+    rows = np.broadcast_to(keys.astype(np.int32)[:, None], held.shape), lengths, sources, tokens
+    # backwards, since the first phrase of a slot is to be inserted last
+    return {name: r[:, ::-1][held[:, ::-1]] for name, r in zip(_DTYPES, rows, strict=True)}
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
+    """Raises ValueError unless the rows fit together and every value may be trusted."""
+    kinds = {name: str(array.dtype) for name, array in tensors.items()}
+    *columns, shape = (tensors[name].shape for name in _DTYPES)
+    if kinds != _DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
+        raise ValueError("other tensors than expected")
+    bounds = ((0, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
+    for name, (low, high) in zip(_DTYPES, bounds, strict=True):
+        if ((tensors[name] < low) | (tensors[name] >= high)).any():
+            raise ValueError(f"{name} out of range")
+
+
+@njit(cache=True)
+def _refill(pool, keys, lengths, sources, tokens):
+    """Insert the rows of a file."""
+    texts = tokens.ravel()
+    for row in range(keys.shape[0]):
+        insert(pool, 0, keys[row], texts, row * tokens.shape[1], lengths[row], sources[row])
