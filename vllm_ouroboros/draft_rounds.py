@@ -9,11 +9,12 @@ import torch
 
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
+from vllm_ouroboros.draft_sampling import DraftSampling
 from vllm_ouroboros.drafting import Drafting
 from vllm_ouroboros.rounds import Round
 from vllm_ouroboros.sampler import greedy
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler
-from vllm_ouroboros.tree import ROOT, child_of, step_mask
+from vllm_ouroboros.tree import step_mask
 from vllm_ouroboros.tree_step import TreeStep
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class DraftRounds:
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
-        sampled: dict[int, Sampled],
+        requests: dict[int, Sampled],
     ) -> None:
         """Draft chains until every request has enough.
 
@@ -113,23 +114,29 @@ class DraftRounds:
             slots: int64 [R], slots of the requests in ``drafting``.
             rows: int64 [R], their rows in the runner's batch.
             token_ids: int32 [*, max_model_len].
-            sampled: by slot, the requests that do more than take the argmax, with noise of which
-                each drafted token takes one draw.
+            requests: by slot, those that do more than take the argmax, with noise that drafting may
+                use up.
         """
+        assert self.sampler is not None
+        sampling = DraftSampling(self.sampler, runner, self.drafting, requests)
         state, drafting = self.drafting.state, self.drafting
         able = state.known[slots] + drafting.budget < self.draft.max_len
         able &= state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
         widest = drafting.rows_per_request + drafting.budget + MAX_KNOWN
         most = max(1, self.max_rows // widest)
-        while True:
-            active = ~state.done[slots]
-            slots, rows = slots[active], rows[active]
-            if not len(slots):
-                return
-            for first in range(0, len(slots), most):
+        going, where = slots, rows
+        while len(going):
+            for first in range(0, len(going), most):
                 part = slice(first, first + most)
-                self._round(runner, slots[part], rows[part], token_ids, sampled)
+                self._round(runner, going[part], where[part], token_ids, sampling)
+            active = ~state.done[going]
+            going, where = going[active], where[active]
+        branching = (state.branches[slots] >= 0).any((1, 2))
+        slots, rows = slots[branching], rows[branching]
+        for first in range(0, len(slots), most):
+            part = slice(first, first + most)
+            self._follow_branches(runner, slots[part], rows[part], sampling)
 
     def _round(
         self,
@@ -137,11 +144,33 @@ class DraftRounds:
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
-        sampled: dict[int, Sampled],
+        sampling: DraftSampling,
     ) -> None:
         """One masked draft forward for some requests."""
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids)
+        logits = self._logits(runner, rows, out, total, wanted)
+        with self.clock.phase("choose"):
+            predicted = np.zeros(total, np.int64)
+            predicted[out.logits_rows[:wanted]] = greedy(logits)
+            if sampling:
+                sampling.choose(slots, rows, out, logits, predicted)
+        with self.clock.phase("absorb"):
+            self.drafting.absorb(slots, out, predicted)
+
+    def _follow_branches(
+        self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling
+    ) -> None:
+        """One masked draft forward over chains and branches, for the token after each branch."""
+        with self.clock.phase("plan"):
+            out, total, which = self.drafting.plan_branches(slots)
+        logits = self._logits(runner, rows, out, total, len(which))
+        with self.clock.phase("choose"):
+            sampling.follow(slots, rows, which, logits)
+
+    def _logits(self, runner, rows, out: Round, total: int, wanted: int) -> torch.Tensor:
+        """Logits [M, vocab] of the first ``wanted`` of ``out.logits_rows``."""
+        with self.clock.phase("plan"):
             tree = TreeStep(
                 rows=torch.arange(total),
                 query_start_loc=out.query_start_loc.tolist(),
@@ -155,60 +184,8 @@ class DraftRounds:
             runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
             out.query_start_loc, out.context_lens, tree,
         )  # fmt: skip
-        predicted = np.zeros(total, np.int64)
-        wanted_rows = out.logits_rows[:wanted]
         with self.clock.model():
-            logits = self.draft.logits(hidden, wanted_rows)
-        with self.clock.phase("choose"):
-            predicted[wanted_rows] = greedy(logits)
-            if sampled:
-                self._sample(runner, slots, rows, out, logits, predicted, sampled)
-        with self.clock.phase("absorb"):
-            self.drafting.absorb(slots, out, predicted)
-
-    def _sample(
-        self,
-        runner,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        out: Round,
-        logits: torch.Tensor,
-        predicted: np.ndarray,
-        sampled: dict[int, Sampled],
-    ) -> None:
-        """Choose as the target will: put sampled tokens in place of the most probable ones.
-
-        The guesses of a request are walked like a tree in verification, a wave of rows for each
-        depth; only the rows that a walk comes to are sampled.
-        """
-        assert self.sampler is not None
-        state, live = self.drafting.state, runner.input_batch.sampling_metadata
-        wanted = out.logits_rows[: logits.shape[0]]
-        firsts = np.searchsorted(wanted, out.query_start_loc[:-1] + out.num_known - 1)
-        nodes = {i: ROOT for i, slot in enumerate(slots.tolist()) if slot in sampled}
-        paths = {i: state.chain[slots[i], : state.chain_len[slots[i]]].tolist() for i in nodes}
-        while nodes:
-            index = torch.tensor([int(firsts[i]) + 1 + node for i, node in nodes.items()])
-            chosen = self.sampler.after_paths(
-                logits[index],
-                live,
-                [int(rows[i]) for i in nodes],
-                [sampled[int(slots[i])] for i in nodes],
-                [paths[i] for i in nodes],
-                logprobs=False,
-            )
-            going = {}
-            tokens = chosen.sampled_token_ids[:, 0].tolist()
-            for (i, node), token in zip(nodes.items(), tokens, strict=True):
-                current = int(out.query_start_loc[i] + out.num_known[i]) - 1
-                predicted[current + 1 + node] = token
-                size = int(out.num_guesses[i])
-                part = slice(current + 1, current + 1 + size)
-                child = child_of(out.tokens[part], out.guesses[part], size, node, token)
-                if child >= 0:
-                    going[i] = child
-                    paths[i].append(token)
-            nodes = going
+            return self.draft.logits(hidden, out.logits_rows[:wanted])
 
     def _forward(self, *args) -> torch.Tensor:
         self.counters.draft_forwards += 1

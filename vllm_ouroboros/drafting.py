@@ -10,7 +10,14 @@ import numpy as np
 
 from vllm_ouroboros.lengthening import build_trees, learn
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
-from vllm_ouroboros.rounds import Requests, Round, absorb_round, plan_round
+from vllm_ouroboros.rounds import (
+    BRANCHES,
+    Requests,
+    Round,
+    absorb_round,
+    plan_branches,
+    plan_round,
+)
 from vllm_ouroboros.tree import DraftTree, depths, step_mask, walk
 
 
@@ -53,6 +60,8 @@ class Drafting:
             chain_len=np.zeros(size, np.int32),
             done=np.zeros(size, np.bool_),
             narrow=np.zeros(size, np.bool_),
+            branches=np.full((size, len(BRANCHES), max(BRANCHES)), -1, np.int32),
+            follow=np.full((size, len(BRANCHES), max(BRANCHES)), -1, np.int32),
             tokens=np.zeros((size, budget), np.int32),
             parents=np.zeros((size, budget), np.int32),
             sources=np.zeros((size, budget), np.int32),
@@ -105,6 +114,7 @@ class Drafting:
         state.chain_len[slot] = 0
         state.done[slot] = state.limit[slot] <= 0
         state.narrow[slot] = narrow
+        state.branches[slot] = state.follow[slot] = -1
 
     def plan(self, slots, rows, token_ids) -> tuple[Round, int, int]:
         """Rows of the next round.
@@ -119,23 +129,25 @@ class Drafting:
             number M of rows whose prediction is needed.
         """
         known = self.state.known[slots] + self.state.chain_len[slots] - self.state.cached[slots]
-        size = int(known.sum()) + len(slots) * self.rows_per_request
-        out = Round(
-            tokens=np.empty(size, np.int32),
-            parents=np.empty(size, np.int32),
-            positions=np.empty(size, np.int64),
-            writes=np.empty(size, np.int64),
-            guesses=np.empty(size, np.int32),
-            logits_rows=np.empty(size, np.int64),
-            query_start_loc=np.empty(len(slots) + 1, np.int32),
-            context_lens=np.empty(len(slots), np.int32),
-            num_known=np.empty(len(slots), np.int32),
-            num_guesses=np.empty(len(slots), np.int32),
-        )
+        out = _empty_round(int(known.sum()) + len(slots) * self.rows_per_request, len(slots))
         total, wanted = plan_round(
             self.state, self.pool.arrays, slots, rows, token_ids, self.max_len, out
         )
         return out, total, wanted
+
+    def plan_branches(self, slots) -> tuple[Round, int, np.ndarray]:
+        """Rows of a last forward, which asks what follows the branches of int64 [R] requests.
+
+        Returns:
+            The round, the number of rows T, and int32 [M, 3]: request, place and rank of the row
+            behind each of ``logits_rows[:M]``.
+        """
+        most = len(BRANCHES) * (1 + max(BRANCHES))
+        out = _empty_round(len(slots) * most, len(slots))
+        which = np.empty((len(slots) * most, 3), np.int32)
+        out.writes.fill(-1)
+        total, wanted = plan_branches(self.state, slots, out, which)
+        return out, total, which[:wanted]
 
     def absorb(self, slots, out: Round, predicted) -> None:
         """Extend the chains by the predictions int64 [T] of a round."""
@@ -179,6 +191,21 @@ class Drafting:
             state.chain_len[slot] = 0
 
 
+def _empty_round(rows: int, requests: int) -> Round:
+    return Round(
+        tokens=np.empty(rows, np.int32),
+        parents=np.empty(rows, np.int32),
+        positions=np.empty(rows, np.int64),
+        writes=np.empty(rows, np.int64),
+        guesses=np.empty(rows, np.int32),
+        logits_rows=np.empty(rows, np.int64),
+        query_start_loc=np.empty(requests + 1, np.int32),
+        context_lens=np.empty(requests, np.int32),
+        num_known=np.empty(requests, np.int32),
+        num_guesses=np.empty(requests, np.int32),
+    )
+
+
 def warm_up() -> None:
     """Compile (or load from numba's cache) every loop, so that no request waits for it."""
     drafting = Drafting(
@@ -194,6 +221,7 @@ def warm_up() -> None:
     step_mask(out.parents, out.query_start_loc)
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
+    drafting.plan_branches(slots)
     drafting.build(slots, slots, text)
     tree = drafting.tree(slot)
     size = len(tree.tokens)

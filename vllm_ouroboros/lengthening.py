@@ -33,8 +33,8 @@ def _until(pool, slot, g, stops):
 
 @njit(cache=True)
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
-    """Fill the trees: the chain, up to K suffixes at its end, phrases at the root with the rest.
-    A request that is `narrow` gets a chain: its own with the best suffix.
+    """Fill the trees: the chain with its branches, up to K suffixes at its end, phrases at the root
+    with the rest. A request that is `narrow` gets a chain: its own with the best suffix.
 
     Phrases that stood in text or that the target confirmed come before guesses of the window, at
     either place.
@@ -42,6 +42,7 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
     A request without a drafted chain gets one from the pool: the best phrase, then the best
     phrase of its last token, and so on.
     """
+    branch = np.empty(2, np.int32)
     for r in range(slots.shape[0]):
         s = slots[r]
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
@@ -50,6 +51,15 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
         size, end = grow(
             tokens, parents, sources, 0, limit, ROOT, req.chain[s], 0, req.chain_len[s], _DRAFT
         )
+        for place in range(min(size, req.branches.shape[1] - 1) + 1):
+            for rank in range(req.branches.shape[2]):
+                if req.branches[s, place, rank] >= 0:
+                    branch[0], branch[1] = req.branches[s, place, rank], req.follow[s, place, rank]
+                    length = 1 if branch[1] < 0 or _is_stop(branch[0], stops) else 2
+                    size, _ = grow(
+                        tokens, parents, sources, size, limit,
+                        place - 1, branch, 0, length, _DRAFT,
+                    )  # fmt: skip
         while req.chain_len[s] == 0 and size < min(limit, draft_tokens):
             last = tokens[end] if end >= 0 else root
             slot = find(pool, scope, last)

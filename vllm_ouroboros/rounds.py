@@ -42,10 +42,16 @@ class Requests(NamedTuple):
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
     narrow: np.ndarray  # bool [S], the tree must be a chain
+    branches: np.ndarray  # int32 [S, D, M], at each place of the chain the next in line, or -1
+    follow: np.ndarray  # int32 [S, D, M], the token after each of them, or -1
     tokens: np.ndarray  # int32 [S, B], the tree: see DraftTree
     parents: np.ndarray  # int32 [S, B]
     sources: np.ndarray  # int32 [S, B]
     size: np.ndarray  # int32 [S]
+
+
+BRANCHES = (3, 3, 2, 1)
+"""Branches beside the chain that a request which samples may have, by their place in the chain."""
 
 
 class Round(NamedTuple):
@@ -136,6 +142,43 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
     for i in range(total):
         out.positions[i] = min(out.positions[i], max_len - 1)
     return total, wanted
+
+
+@njit(cache=True)
+def plan_branches(req, slots, out, which):
+    """Lay out chains and their branches, to ask for the token after each branch; returns (T, M).
+
+    ``which`` int32 [M, 3] gets the request, place and rank of each row that is asked for. The
+    context is the committed text: a branch must not see the chain beyond its place.
+    """
+    row = 0
+    wanted = 0
+    for r in range(slots.shape[0]):
+        s = slots[r]
+        first = row
+        out.query_start_loc[r] = first
+        out.context_lens[r] = req.known[s]
+        depth = min(req.chain_len[s], req.branches.shape[1] - 1)
+        for i in range(depth):
+            out.tokens[row] = req.chain[s, i]
+            out.parents[row] = i - 1
+            out.positions[row] = req.known[s] + i
+            row += 1
+        for place in range(depth + 1):
+            for rank in range(req.branches.shape[2]):
+                if req.branches[s, place, rank] < 0:
+                    continue
+                out.tokens[row] = req.branches[s, place, rank]
+                out.parents[row] = place - 1
+                out.positions[row] = req.known[s] + place
+                out.logits_rows[wanted] = row
+                which[wanted, 0] = r
+                which[wanted, 1] = place
+                which[wanted, 2] = rank
+                wanted += 1
+                row += 1
+    out.query_start_loc[slots.shape[0]] = row
+    return row, wanted
 
 
 @njit(cache=True)
