@@ -149,3 +149,19 @@ def test_logprobs_modes(mode, ouroboros, prompts, vanilla, tools):
     expected = vanilla(prompts[:5], params, logprobs_mode=mode)
     outputs = tools.generate(ouroboros(logprobs_mode=mode), prompts[:5], params)
     assert_same(outputs, expected)
+
+
+def test_thinking_budgets(ouroboros, prompts, vanilla, tools):
+    """Requests with a budget take one token a step, others in the batch go on speculating."""
+    arguments = {
+        "reasoning_config": {"reasoning_start_str": '"""', "reasoning_end_str": "\n    return"}
+    }
+    params = [greedy(thinking_token_budget=3 + i) if i % 2 else greedy() for i in range(12)]
+    expected = vanilla(prompts[:12], params, **arguments)
+    llm = ouroboros(**arguments)
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, prompts[:12], params)
+    assert_same(outputs, expected)
+    assert used["accepted_tokens"] > 0
+    forced = [output.outputs[0].text.find("\n    return") >= 0 for output in expected[1::2]]
+    assert sum(forced) > 3
