@@ -133,6 +133,7 @@ class DraftRounds:
             active = ~state.done[going]
             going, where = going[active], where[active]
         branching = (state.branches[slots] >= 0).any((1, 2))
+        branching &= state.cached[slots] >= state.known[slots]  # all of the text has a KV slot
         slots, rows = slots[branching], rows[branching]
         for first in range(0, len(slots), most):
             part = slice(first, first + most)

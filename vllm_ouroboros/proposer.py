@@ -124,11 +124,11 @@ class OuroborosProposer:
     def load_model(self, target: torch.nn.Module) -> None:
         """Load the draft model; called by the runner once the target is loaded."""
         del target
+        model = self.runner.model_config
         if self.draft is not None:
             self.draft.load()
         warm_up()
         if self.config.pool_path is not None:
-            model = self.runner.model_config
             # without a tokenizer the model's name stands for it
             vocab = {model.model: 0}
             if not model.skip_tokenizer_init:
