@@ -1,6 +1,10 @@
-"""Stand-ins for models: deterministic functions from a token sequence to the next token."""
+"""Stand-ins for models, deterministic functions from a token sequence to what follows it, and the
+parts of vLLM's engine that sampling goes through, without an engine around them.
+"""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -23,15 +27,26 @@ class Language:
         self.table = rng.integers(0, vocab, vocab).tolist()
         self.seed, self.vocab, self.surprise, self.twist = seed, vocab, surprise, twist
 
-    def __call__(self, sequence) -> int:
+    def digest(self, sequence) -> int:
+        """A number that depends on all tokens and on their order."""
         digest = self.seed % 1000 + 1
         for token in sequence:
             digest = (digest * 1_000_003 + int(token) + 17) % 2_147_483_647
+        return digest
+
+    def __call__(self, sequence) -> int:
+        digest = self.digest(sequence)
         if self.twist and digest // 7 % self.twist == 0:
             return (digest // 11) % self.vocab
         if digest % self.surprise == 0:
             return (digest // 13) % self.vocab
         return self.table[int(sequence[-1])]
+
+    def logits(self, sequence) -> np.ndarray:
+        """Logits float32 [vocab]; the language's own next token is the most probable."""
+        noise = np.random.default_rng(self.digest(sequence)).standard_normal(self.vocab)
+        noise[self(sequence)] = noise.max() + 0.5
+        return noise.astype(np.float32)
 
     def greedy(self, sequence, count: int, stops=()) -> list[int]:
         """The next ``count`` tokens, up to and including the first stop."""
@@ -70,3 +85,36 @@ def node_paths(tree) -> list[tuple[int, ...]]:
         assert -1 <= parent < len(paths), "a node before its parent"
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
     return paths
+
+
+def engine_config(max_num_seqs: int = 8, processors=()) -> SimpleNamespace:
+    """What vLLM's logits processors read of an engine's configuration."""
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        model_config=SimpleNamespace(logits_processors=[*processors]),
+        speculative_config="ours",
+    )
+
+
+def input_batch(vocab: int, processors, size: int = 8, custom: bool = False, **more):
+    """vLLM's own batch, which makes the sampling metadata."""
+    import torch
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    return InputBatch(
+        max_num_reqs=size, max_model_len=64, max_num_batched_tokens=64,
+        device=torch.device("cpu"), vocab_size=vocab, block_sizes=[16],
+        max_num_blocks_per_req=[4], logitsprocs=processors,
+        logitsprocs_need_output_token_ids=custom, **more,
+    )  # fmt: skip
+
+
+def request_state(name: str, prompt, params, output=(), generator=None):
+    """A request as vLLM's runner knows it."""
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    return CachedRequestState(
+        req_id=name, prompt_token_ids=list(prompt), mm_features=[], sampling_params=params,
+        generator=generator, block_ids=([],), num_computed_tokens=0,
+        output_token_ids=list(output),
+    )  # fmt: skip

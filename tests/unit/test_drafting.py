@@ -55,9 +55,9 @@ class Life:
     real key and value are a function of.
     """
 
-    def __init__(self, drafting: Drafting, row: int, prompt: list[int], private=False) -> None:
+    def __init__(self, drafting: Drafting, row: int, prompt: list[int], scope: int = 0) -> None:
         self.drafting, self.row, self.text = drafting, row, list(prompt)
-        self.slot = drafting.add(private)
+        self.slot = drafting.add(scope)
         self.kv: dict[int, tuple[int, ...]] = {}
         size = drafting.state.window.shape
         self.window = Window(size[1], size[2])
@@ -198,7 +198,9 @@ def check_chain(life: Life, model: Language, limit: int, draft_tokens: int, stop
     assert ended or len(chain) >= min(limit, draft_tokens)
 
 
-def expected_tree(life: Life, limit: int, draft_tokens: int, num_suffixes: int, stops):
+def expected_tree(
+    life: Life, limit: int, draft_tokens: int, num_suffixes: int, stops, narrow: bool = False
+):
     """Nodes of the tree and the number of those that are no suffix, from the pool's lookups."""
     pool, scope = life.drafting.pool, int(life.drafting.state.scope[life.slot])
 
@@ -225,7 +227,10 @@ def expected_tree(life: Life, limit: int, draft_tokens: int, num_suffixes: int, 
         chain = (*chain, *found[0][0])[:limit]
     key = chain[-1] if chain else root
     paths = [chain]
-    if num_suffixes:
+    if num_suffixes and narrow:  # one path: the chain with its best suffix
+        best = [] if chain and key in stops else phrases(key)[:1]
+        paths += [(*chain, *phrase) for phrase, _ in best]
+    elif num_suffixes:
         suffixes = [] if chain and key in stops else phrases(key)[:num_suffixes]
         for guess in (False, True):
             paths += [(*chain, *phrase) for phrase, guessed in suffixes if guessed == guess]
@@ -249,7 +254,8 @@ def shapes(draw):
         seed=draw(st.integers(0, 2**32 - 1)),
         surprise=draw(st.sampled_from([1, 3, 9, 10**9])),
         twist=draw(st.sampled_from([0, 2, 6])),
-        private=draw(st.booleans()),
+        scopes=draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 3, 4), (7, 0, 7, 2**31 - 1)])),
+        narrow=draw(st.booleans()),
         lives=draw(st.integers(1, 3)),
     )
 
@@ -276,10 +282,14 @@ def test_requests_from_prompt_to_end(shape) -> None:
     model = Language(shape.seed, surprise=shape.surprise, twist=shape.twist)
     drafting = make(shape)
     world = World(model, drafting, shape.max_len)
+
+    def narrow(life: Life) -> bool:
+        return shape.narrow and life.row % 2 == 0
+
     lives = []
     for row in rng.permutation(4)[: shape.lives].tolist():
         prompt = rng.integers(0, 8, rng.integers(1, 12)).tolist()
-        lives.append(Life(drafting, row, prompt, shape.private))
+        lives.append(Life(drafting, row, prompt, shape.scopes[row]))
         # half of the pool's first phrases are true here, so that guesses are accepted
         scope = int(drafting.state.scope[lives[-1].slot])
         for at in range(12):
@@ -302,7 +312,8 @@ def test_requests_from_prompt_to_end(shape) -> None:
             limits[life.slot] = limit = int(min(rng.integers(0, shape.budget + 3), room))
             # the engine has slots for all committed tokens but the last, at least
             slack = int(rng.choice([0, 1, 2, 5, shape.budget + 1]))
-            drafting.start(life.slot, len(life.text), limit, len(life.text) - 1 + slack)
+            capacity = len(life.text) - 1 + slack
+            drafting.start(life.slot, len(life.text), limit, capacity, narrow(life))
         world.draft(some)
         for life in some:
             limit = min(limits[life.slot], shape.budget)
@@ -314,9 +325,10 @@ def test_requests_from_prompt_to_end(shape) -> None:
         for life, tree in zip(some, trees, strict=True):
             limit = min(limits[life.slot], shape.budget)
             nodes, drafted = expected_tree(
-                life, limit, shape.draft_tokens, shape.num_suffixes, shape.stops
+                life, limit, shape.draft_tokens, shape.num_suffixes, shape.stops, narrow(life)
             )
             assert node_paths(tree) == nodes
+            assert tree.is_chain or not narrow(life)
             rest = len(tree.tokens) - drafted
             assert tuple(life.chain) == tuple(tree.tokens[:drafted].tolist())
             assert len(set(node_paths(tree))) == len(tree.tokens) <= limit
@@ -644,44 +656,32 @@ def test_slots_are_handed_out_once_and_come_back_clean() -> None:
     world.draft([life])
     world.build([life])
     drafting.release(slots[2])
-    again = drafting.add(private=True)
+    again = drafting.add(9)
     state = drafting.state
     assert again == slots[2]
     assert [a[again] for a in (state.known, state.cached, state.fed, state.levels)] == [0] * 4
     assert [a[again] for a in (state.chain_len, state.size)] == [0, 0]
-    assert state.scope[again] != 0
+    assert state.scope[again] == 9
+    assert not state.narrow[again]
     drafting.release(again)
     assert state.scope[drafting.add()] == 0
     assert len(drafting.tree(again).tokens) == 0
 
 
-def test_private_requests_share_nothing() -> None:
+def test_scopes_share_nothing() -> None:
     drafting = small()
     text = np.array([1, 2, 3, 4], np.int32)
-    one, two, shared = drafting.add(private=True), drafting.add(private=True), drafting.add()
-    scopes = drafting.state.scope
-    assert len({int(scopes[s]) for s in (one, two, shared)}) == 3
+    one, two, shared, friend = (drafting.add(scope) for scope in (5, 6, 0, 5))
+    assert drafting.state.scope[[one, two, shared, friend]].tolist() == [5, 6, 0, 5]
     drafting.commit(one, text, 4, PhraseSource.PROMPT)
-    assert drafting.pool.lookup(1, int(scopes[one])) == [(2, 3)]
-    for slot in (two, shared):
-        assert drafting.pool.lookup(1, int(scopes[slot])) == []
+    assert [drafting.pool.lookup(1, scope) for scope in (5, 6, 0)] == [[(2, 3)], [], []]
+    for slot in (two, shared, friend):
         drafting.start(slot, 1, 4, 0)
-    drafting.build(np.array([two, shared]), np.array([0, 0]), np.array([[1]], np.int32))
-    assert len(drafting.tree(two).tokens) == len(drafting.tree(shared).tokens) == 0
-    old = int(scopes[one])
-    drafting.release(one)
-    assert int(scopes[drafting.add(private=True)]) not in (old, int(scopes[two]), 0)
-
-
-def test_private_scopes_wrap_inside_31_bits() -> None:
-    drafting = small()
-    drafting._next_scope = 2**31 - 3
-    found = []
-    for _ in range(3):
-        slot = drafting.add(private=True)
-        found.append(int(drafting.state.scope[slot]))
-        drafting.release(slot)
-    assert found == [2**31 - 2, 1, 2]
+    slots = np.array([two, shared, friend])
+    drafting.build(slots, np.zeros(3, np.int64), np.array([[1]], np.int32))
+    trees = [drafting.tree(slot).tokens.tolist() for slot in slots]
+    assert trees[:2] == [[], []]
+    assert trees[2][:2] == [2, 3]
 
 
 def test_reset_forgets_the_draft_and_takes_the_engines_word_for_the_cache() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_ouroboros import compat, patches, plugin
@@ -237,3 +239,27 @@ def test_additional_config_of_another_shape(parser, other) -> None:
     else:
         with pytest.raises(ConfigError, match="pass a JSON object"):
             parse(parser, *arguments)
+
+
+# -- sampling parameters ---------------------------------------------------------------------------
+
+
+UNUSUAL = ({"min_p": 0.1}, {"logit_bias": {1: 2.0}})
+
+
+@pytest.mark.parametrize("params", UNUSUAL, ids=lambda p: next(iter(p)))
+def test_our_engine_takes_what_vllm_refuses_beside_speculation(params) -> None:
+    SamplingParams(**params)._validate_spec_decode(
+        SimpleNamespace(method="custom_class", model=PROPOSER)
+    )
+
+
+@pytest.mark.parametrize("params", UNUSUAL, ids=lambda p: next(iter(p)))
+def test_other_engines_refuse_it_as_ever(params) -> None:
+    for method, model in (("ngram", PROPOSER), ("custom_class", "other.Proposer")):
+        with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
+            SamplingParams(**params)._validate_spec_decode(
+                SimpleNamespace(method=method, model=model)
+            )
+    SamplingParams(**params)._validate_spec_decode(None)
+    SamplingParams()._validate_spec_decode(SimpleNamespace(method="ngram", model=None))

@@ -10,18 +10,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors
 
 from vllm_ouroboros import proposer as module
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft_rounds import MAX_KNOWN
 from vllm_ouroboros.proposer import OuroborosProposer
+from vllm_ouroboros.rounds import BRANCHES
 from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.tree import DraftTree, NodeSource, walk
+from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource, child_of
 
-from .fakes import Language, ancestors, node_paths
+from .fakes import Language, ancestors, node_paths, request_state, trie
 
 BLOCK = 4
 NUM_BLOCKS = 400
+LIVE = object()  # stands for vLLM's sampling metadata
+
+
+def choose(logits: np.ndarray, generator: torch.Generator | None) -> int:
+    """The most probable token, or one draw of noise."""
+    if generator is not None:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        logits = logits + np.random.default_rng(seed).gumbel(size=len(logits))
+    return int(np.argmax(logits))
+
+
+def clone(generator: torch.Generator | None) -> torch.Generator | None:
+    return generator and generator.clone_state()
+
+
+def said(model: Language, text, count: int, stops, generator=None) -> list[int]:
+    """The next ``count`` tokens of a request, up to and including the first stop."""
+    emitted: list[int] = []
+    while len(emitted) < count and not (emitted and emitted[-1] in stops):
+        emitted.append(choose(model.logits([*text, *emitted]), generator))
+    return emitted
 
 
 class FakeDraft:
@@ -85,8 +109,34 @@ class FakeDraft:
             )
         return seen
 
-    def predict(self, hidden, rows):
-        return np.array([self.model(hidden[row]) for row in rows.tolist()], np.int64)
+    def logits(self, hidden, rows):
+        """Logits, and in a last column the place of their row's sequence in ``asked``."""
+        self.asked = [hidden[row] for row in rows.tolist()]
+        whole = [[*self.model.logits(seen), -1000 - i] for i, seen in enumerate(self.asked)]
+        return torch.tensor(whole).reshape(len(self.asked), self.model.vocab + 1)
+
+
+class FakeSampler:
+    """Samples after paths, and checks that each row saw its request's text and path."""
+
+    processors = LogitsProcessors()
+
+    def __init__(self, draft: FakeDraft | None) -> None:
+        self.draft, self.runner = draft, None
+
+    def after_paths(self, logits, live, rows, requests, paths, logprobs=True):
+        assert live is LIVE
+        assert not logprobs
+        tokens = []
+        for row, batch_row, request, path in zip(
+            logits.tolist(), rows, requests, paths, strict=True
+        ):
+            state = request.state
+            assert self.runner.input_batch.req_ids[batch_row] == state.req_id
+            text = (*state.prompt_token_ids, *state.output_token_ids, *path)
+            assert self.draft.asked[-1000 - int(row[-1])] == text
+            tokens.append([choose(np.array(row[:-1]), request.generator)])
+        return SimpleNamespace(sampled_token_ids=torch.tensor(tokens))
 
 
 def make(monkeypatch, draft, *, budget=10, max_num_seqs=4, max_rows=256, max_len=80, eos=1, **keys):
@@ -120,11 +170,31 @@ class Table:
         self.num_blocks_per_row = np.zeros(rows, np.int32)
 
 
+def runner(**more) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cpu"), **more)
+
+
+def bound(proposer: OuroborosProposer, processors=(), **more) -> OuroborosProposer:
+    """A proposer in a runner with these attributes."""
+    sampler = SimpleNamespace(processors=LogitsProcessors(processors))
+    proposer.bind(runner(**more), sampler)
+    return proposer
+
+
+def state_of(name: str = "a", **params):
+    return request_state(name, [3, 4], SamplingParams(**{"temperature": 0, **params}))
+
+
 class Sequence:
     """A request as the engine sees it."""
 
-    def __init__(self, name: str, prompt: list[int], params: SamplingParams) -> None:
+    def __init__(self, name: str, prompt: list[int], params: SamplingParams, tenant=None) -> None:
         self.name, self.text, self.prompt, self.params = name, list(prompt), len(prompt), params
+        self.generator = None
+        if params.temperature:
+            self.generator = torch.Generator().manual_seed(params.seed)
+        self.state = request_state(name, prompt, params, generator=self.generator)
+        self.tenant = tenant
         self.computed = 0
         self.blocks: list[int] = []
         self.draft: list[int] = []
@@ -144,6 +214,10 @@ class Engine:
         self.free = list(range(1, NUM_BLOCKS))
         self.sequences: list[Sequence] = []
         self.expected = {"steps": 0, "emitted_tokens": 0, "accepted_tokens": 0}
+        self.runner = runner()
+        sampler = FakeSampler(draft)
+        sampler.runner = self.runner
+        proposer.bind(self.runner, sampler)
 
     def allocate(self, sequence: Sequence, tokens: int) -> None:
         while len(sequence.blocks) * BLOCK < tokens:
@@ -168,10 +242,11 @@ class Engine:
             if sequence not in batch and sequence.running and rng.random() < 0.3:
                 self.preempt(sequence)
         for sequence in batch:
-            if not sequence.running:
-                state = SimpleNamespace(sampling_params=sequence.params)
-                proposer.admit(sequence.name, state, sequence.computed)
-                sequence.running = True
+            if not sequence.running and sequence.name in proposer.requests:
+                proposer.resume(sequence.name, sequence.computed)
+            elif not sequence.running:
+                proposer.admit(sequence.name, sequence.state, sequence.computed, sequence.tenant)
+            sequence.running = True
 
         size = len(batch)
         table = Table(size, self.max_len)
@@ -197,15 +272,10 @@ class Engine:
             tokens: list[int] = []
             if s.computed + take == len(s.text):
                 tree = proposer.tree_of(s.name, draft) if draft else None
-                if tree is not None:
-                    assert tree.tokens.tolist() == draft
-                    paths = [(), *node_paths(tree)]
-                    predicted = np.array([self.target([*s.text, *p]) for p in paths], np.int64)
-                    path = np.empty(len(draft), np.int32)
-                    path = path[: walk(tree.tokens, tree.parents, len(draft), predicted, path)]
-                    verified[s.name] = Verified(tree, path, predicted)
-                    tokens = tree.tokens[path].tolist()
-                tokens.append(self.target([*s.text, *tokens]))
+                found, tokens = self.verify(s, tree)
+                if found is not None:
+                    verified[s.name] = found
+                s.state.output_token_ids += tokens
                 self.expected["steps"] += 1
                 self.expected["emitted_tokens"] += len(tokens)
                 self.expected["accepted_tokens"] += len(tokens) - 1
@@ -215,19 +285,18 @@ class Engine:
             table.table[row, : len(s.blocks)] = s.blocks
             table.num_blocks_per_row[row] = len(s.blocks)
         lengths = np.array([len(s.text) for s in batch], np.int32)
-        proposer.bind(
-            SimpleNamespace(
-                input_batch=SimpleNamespace(
-                    req_ids=[s.name for s in batch],
-                    num_prompt_tokens=np.array([s.prompt for s in batch]),
-                    num_computed_tokens_cpu=computed,
-                    block_table=[table],
-                ),
-                verified=verified,
-                scheduled_tokens=scheduled,
-            )
+        self.runner.input_batch = SimpleNamespace(
+            req_ids=[s.name for s in batch],
+            num_prompt_tokens=np.array([s.prompt for s in batch]),
+            num_computed_tokens_cpu=computed,
+            block_table=[table],
+            sampling_metadata=LIVE,
         )
+        self.runner.verified, self.runner.scheduled_tokens = verified, scheduled
+        noise = [s.generator and s.generator.get_state() for s in batch]
         drafts = proposer.propose(emitted, lengths, token_ids)
+        for s, state in zip(batch, noise, strict=True):
+            assert s.generator is None or torch.equal(s.generator.get_state(), state)
         assert len(drafts) == size
         for s, tokens, draft in zip(batch, emitted, drafts, strict=True):
             s.computed = len(s.text) - 1 if tokens else s.computed + scheduled[s.name]
@@ -238,18 +307,43 @@ class Engine:
             if ended or s.left <= 0:
                 self.finish(s)
 
+    def verify(self, s: Sequence, tree: DraftTree | None) -> tuple[Verified | None, list[int]]:
+        """Walk a tree with the target; what was found, and the tokens that come out."""
+        request = self.proposer.requests[s.name].sampled
+        assert request.generator is s.generator
+        paths = [(), *(node_paths(tree) if tree is not None else [])]
+        predicted = np.array([self.target([*s.text, *p]) for p in paths], np.int64)
+        tokens: list[int] = []
+        path: list[int] = []
+        while True:
+            tokens.append(choose(self.target.logits([*s.text, *tokens]), s.generator))
+            node = path[-1] if path else ROOT
+            predicted[node + 1] = tokens[-1]
+            if tree is None:
+                return None, tokens
+            child = child_of(tree.tokens, tree.parents, len(tree.tokens), node, tokens[-1])
+            if child < 0 or tokens[-1] in request.stops:
+                return Verified(tree, np.array(path, np.int32), predicted), tokens
+            path.append(child)
+
     def check(self, s: Sequence, emitted: int) -> None:
         proposer = self.proposer
         request = proposer.requests[s.name]
-        cached = int(proposer.drafting.state.cached[request.slot])
+        state = proposer.drafting.state
+        cached = int(state.cached[request.slot])
         tree = request.tree
         chain: list[int] = []
         if s.draft:
             assert tree.tokens.tolist() == s.draft
             paths = node_paths(tree)
             assert len(set(paths)) == len(paths) <= proposer.budget
-            chain = tree.tokens[tree.sources == NodeSource.DRAFT].tolist()
-            assert tree.tokens[: len(chain)].tolist() == chain
+            assert tree.is_chain or not request.narrow
+            chain = state.chain[request.slot, : state.chain_len[request.slot]].tolist()
+            drafted = [tuple(chain), *self.branches(s, chain)] if chain else []
+            nodes = trie(drafted, int(state.limit[request.slot]))
+            assert paths[: len(nodes)] == nodes
+            drawn = tree.sources == NodeSource.DRAFT
+            assert drawn.tolist() == [i < len(nodes) for i in range(len(paths))]
         if self.draft is None:
             assert chain == []
             return
@@ -263,7 +357,37 @@ class Engine:
             if len(s.text) - emitted == s.prompt:
                 assert cached >= min(s.prompt, capacity)
             assert cached >= min(len(s.text) - 1, capacity) - MAX_KNOWN
-        assert chain == self.draft.model.greedy(s.text, len(chain), (1,))
+        assert chain == said(self.draft.model, s.text, len(chain), (1,), clone(s.generator))
+
+    def branches(self, s: Sequence, chain: list[int]) -> list[tuple[int, ...]]:
+        """What the draft model would say if the chain's token, and then the next in line, were
+        not there: each with the token after it, where the draft model knows the text.
+        """
+        request, state = self.proposer.requests[s.name], self.proposer.drafting.state
+        if request.sampled.plain or request.narrow:
+            return []
+        known = state.cached[request.slot] >= len(s.text)
+        result = []
+        noise = clone(s.generator)
+        for place, width in enumerate(BRANCHES[: len(chain)]):
+            context = [*s.text, *chain[:place]]
+            logits = self.draft.model.logits(context)
+            logits[chain[place]] = -np.inf
+            after = clone(noise)
+            choose(logits, after)
+            for rank in range(width):
+                token = choose(logits, clone(noise))
+                logits[token] = -np.inf
+                path = (*chain[:place], token)
+                asked = known or state.follow[request.slot, place, rank] >= 0
+                if token != 1 and asked:  # which ends a text
+                    path += (choose(self.draft.model.logits([*context, token]), clone(after)),)
+                result.append(path)
+            noise = after
+        return result
+
+
+_NUMBER = StructuredOutputsParams(regex="[0-9]*")
 
 
 @given(
@@ -273,7 +397,7 @@ class Engine:
     rows=st.sampled_from([24, 256]),
     scope=st.sampled_from(["global", "request"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
     """Chunked prompts, cut drafts, preemption, rows that change places: text and KV stay right."""
     rng = np.random.default_rng(seed)
@@ -289,9 +413,13 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
     for i in range(int(rng.integers(1, 6))):
         prompt = rng.integers(2, 8, rng.integers(1, 30)).tolist()
         params = SamplingParams(
-            temperature=0 if rng.random() < 0.8 else 1, max_tokens=int(rng.integers(1, 40))
+            temperature=rng.choice([0, 0, 1]),
+            seed=i,
+            max_tokens=int(rng.integers(1, 40)),
+            repetition_penalty=rng.choice([1, 1.1]),  # no plain argmax, though it is one here
+            structured_outputs=_NUMBER if rng.random() < 0.2 else None,
         )
-        sequences.append(Sequence(str(i), prompt, params))
+        sequences.append(Sequence(str(i), prompt, params, rng.choice([None, "a", "b"])))
     waiting = list(sequences)
     for _ in range(400):
         while waiting and len(engine.sequences) < 4:
@@ -301,7 +429,8 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
         engine.step()
     assert not engine.sequences
     for s in sequences:
-        expected = target.greedy(s.text[: s.prompt], len(s.text) - s.prompt)
+        noise = torch.Generator().manual_seed(s.params.seed) if s.params.temperature else None
+        expected = said(target, s.text[: s.prompt], len(s.text) - s.prompt, (1,), noise)
         assert s.text[s.prompt :] == expected
         assert len(s.text) <= 80
     stats = proposer.stats()
@@ -314,8 +443,8 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
 
 
 def simple(monkeypatch, **changes) -> OuroborosProposer:
-    proposer = make(monkeypatch, None, **changes)
-    proposer.admit("a", SimpleNamespace(sampling_params=SamplingParams(temperature=0)), 0)
+    proposer = bound(make(monkeypatch, None, **changes))
+    proposer.admit("a", state_of(), 0, None)
     return proposer
 
 
@@ -364,29 +493,19 @@ def test_placeholders_alone_are_no_tree(monkeypatch, known) -> None:
     assert proposer.tree_of("b", [-1]) is None
 
 
-def test_stops_are_those_of_the_request(monkeypatch) -> None:
-    proposer = make(monkeypatch, None, eos=1)
-
-    def stops(**params):
-        proposer.forget("x")
-        sampling = SamplingParams(temperature=0, **params)
-        proposer.admit("x", SimpleNamespace(sampling_params=sampling), 0)
-        return proposer.requests["x"].stops
-
-    assert stops() == {1}
-    assert stops(stop_token_ids=[4, 5]) == {1, 4, 5}
-    assert stops(stop_token_ids=[4], ignore_eos=True) == {4}
-    assert stops(ignore_eos=True) == set()
+def test_the_engine_s_stops_are_those_of_its_requests(monkeypatch) -> None:
+    proposer = bound(make(monkeypatch, None, eos=1))
+    proposer.admit("x", state_of(stop_token_ids=[4]), 0, None)
+    assert proposer.requests["x"].sampled.stops == {1, 4}
 
 
 def test_slots_follow_the_life_of_a_request(monkeypatch) -> None:
     proposer = simple(monkeypatch, max_num_seqs=2)
-    state = SimpleNamespace(sampling_params=SamplingParams(temperature=0))
     proposer.suspend("a")
     proposer.suspend("a")
     assert sorted(proposer.drafting._free) == [0, 1]
-    proposer.admit("b", state, 0)
-    proposer.admit("a", state, 12)
+    proposer.admit("b", state_of("b"), 0, None)
+    proposer.resume("a", 12)
     assert proposer.drafting.state.cached[proposer.requests["a"].slot] == 12
     proposer.suspend("b")
     proposer.forget("b")
@@ -395,6 +514,54 @@ def test_slots_follow_the_life_of_a_request(monkeypatch) -> None:
     proposer.suspend("nobody")
     proposer.forget("a")
     assert sorted(proposer.drafting._free) == [0, 1]
+
+
+def test_a_session_goes_on_with_its_noise(monkeypatch) -> None:
+    """vLLM admits a request again when its input goes on: the slot is new, the noise is not."""
+    proposer = bound(make(monkeypatch, None, max_num_seqs=1))
+    first = state_of(temperature=1, seed=3)
+    noise = first.generator = torch.Generator().manual_seed(3)
+    proposer.admit("a", first, 0, None)
+    torch.rand(5, generator=noise)
+    for _ in range(2):
+        again = state_of(temperature=1, seed=3)
+        proposer.admit("a", again, 7, None)
+        request = proposer.requests["a"]
+        assert request.sampled.generator is noise
+        assert request.sampled.state is again
+        assert proposer.drafting.state.cached[request.slot] == 7
+
+
+def lora(name: str, number: int) -> SimpleNamespace:
+    return SimpleNamespace(lora_name=name, lora_int_id=number)
+
+
+@pytest.mark.parametrize("scope", ["global", "request"])
+def test_phrases_stay_with_the_tenant(monkeypatch, scope) -> None:
+    """Requests share phrases if salt and adapter are the same, and the pool is not per request."""
+    proposer = bound(make(monkeypatch, None, max_num_seqs=32, pool_scope=scope))
+    tenants = [
+        (None, None), ("x", None), ("y", None), ("", None), (None, lora("p", 1)),
+        (None, lora("q", 2)), (None, lora("p", 2)), ("x", lora("p", 1)),
+    ]  # fmt: skip
+    scopes = []
+    for turn in range(2):
+        for i, (salt, adapter) in enumerate(tenants):
+            state = state_of()
+            state.lora_request = adapter
+            name = f"{turn}-{i}"
+            proposer.admit(name, state, 0, salt)
+            proposer.suspend(name)
+            proposer.resume(name, 0)
+            slot = proposer.requests[name].slot
+            scopes.append(int(proposer.drafting.state.scope[slot]))
+            assert scopes[-1] == proposer.requests[name].scope
+    if scope == "request":
+        assert len({0, *scopes}) == 1 + 2 * len(tenants)
+    else:
+        assert scopes[: len(tenants)] == scopes[len(tenants) :]
+        assert len(set(scopes)) == len(tenants)
+        assert scopes[0] == 0
 
 
 def test_an_unbound_proposer_says_what_to_do(monkeypatch) -> None:
@@ -423,7 +590,7 @@ def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
     batch = SimpleNamespace(
         req_ids=["a"], num_prompt_tokens=np.array([2]), num_computed_tokens_cpu=np.array([1])
     )
-    proposer.bind(SimpleNamespace(input_batch=batch, verified=verified, scheduled_tokens={"a": 4}))
+    bound(proposer, input_batch=batch, verified=verified, scheduled_tokens={"a": 4})
     proposer.propose([[5, 7, 9]], np.array([5], np.int32), ids)
     proposer.forget("a")
     assert proposer.finished_origins == {"a": [1, 2, 0]}
@@ -432,16 +599,62 @@ def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
     assert (stats["verified_nodes"], stats["emitted_tokens"], stats["steps"]) == (3, 3, 1)
 
 
-def test_a_request_that_cannot_speculate_gets_no_draft(monkeypatch) -> None:
-    proposer = make(monkeypatch, None)
-    proposer.admit("a", SimpleNamespace(sampling_params=SamplingParams(temperature=1)), 0)
+class Opaque(LogitsProcessor):
+    """One whose answers may depend on anything."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update) -> None:
+        pass
+
+    def apply(self, logits):
+        return logits
+
+
+class Known(Opaque):
+    """One that says that it knows no more than the request."""
+
+    ouroboros_stateless = True
+
+
+@pytest.mark.parametrize(
+    "changes, processors, speculates",
+    [
+        ({}, [], True),
+        ({"temperature": 1.0, "min_p": 0.1, "logit_bias": {3: 1.0}}, [Known()], True),
+        ({"thinking_token_budget": 3}, [], False),
+        ({}, [Known(), Opaque()], False),
+        ({"temperature": 1.0}, [Opaque()], False),
+    ],
+)
+def test_a_request_that_cannot_speculate_gets_no_draft(
+    monkeypatch, changes, processors, speculates
+) -> None:
     ids = np.array([[3, 4, 3, 4, 3, 4, 0, 0]], np.int32)
     batch = SimpleNamespace(
         req_ids=["a"], num_prompt_tokens=np.array([5]), num_computed_tokens_cpu=np.array([0])
     )
-    proposer.bind(SimpleNamespace(input_batch=batch, verified={}, scheduled_tokens={"a": 5}))
-    assert proposer.propose([[4]], np.array([6], np.int32), ids) == [[]]
-    assert len(proposer.drafting.pool) > 0  # but its text feeds the pool
+    proposer = bound(
+        make(monkeypatch, None), processors,
+        input_batch=batch, verified={}, scheduled_tokens={"a": 5},
+    )  # fmt: skip
+    proposer.admit("a", state_of(**changes), 0, None)
+    [draft] = proposer.propose([[4]], np.array([6], np.int32), ids)
+    assert bool(draft) == speculates
+    assert len(proposer.drafting.pool) > 0  # its text feeds the pool anyway
+    assert proposer.requests["a"].sampled.plain == (not processors and "temperature" not in changes)
+
+
+def test_who_may_end_all_drafting_is_named(monkeypatch, caplog) -> None:
+    with caplog.at_level("WARNING", logger=module.logger.name):
+        bound(make(monkeypatch, None), [Known()])
+        assert not caplog.records
+        bound(make(monkeypatch, None), [Known(), Opaque(), Opaque()])
+    assert "logits processor Opaque may depend on more" in caplog.text
 
 
 def test_ancestors_of_the_fakes() -> None:

@@ -1,6 +1,9 @@
-"""Acceptance against greedy decoding, with vLLM's own sampler behind it."""
+"""Acceptance against vLLM's own batch and sampler, which decode one token at a time."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,33 +11,135 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.sampling_params import SamplingType
+from vllm.v1.sample import logits_processor
+from vllm.v1.sample.logits_processor import (
+    AdapterLogitsProcessor,
+    LogitsProcessor,
+    process_dict_updates,
+)
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.sampler import can_speculate, sample, verify
-from vllm_ouroboros.tree import DraftTree, NodeSource
+from vllm_ouroboros.sampler import Verified, greedy, verify
+from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource
 
-from .fakes import Language, node_paths, trie
+from .fakes import Language, engine_config, input_batch, node_paths, request_state, trie
 
-VOCAB = 8
+CPU = torch.device("cpu")
+VOCAB = 12
+EOS = frozenset([11])
+COUNT, DEEPEST = 16, 5  # tokens of the reference, nodes of a path
+MODES = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 
 
-def greedy_metadata(num_requests: int, logprobs: int | None = None) -> SamplingMetadata:
-    zeros = torch.zeros(num_requests)
-    return SamplingMetadata(
-        temperature=None, all_greedy=True, all_random=False, top_p=None, top_k=None,
-        generators={}, max_num_logprobs=logprobs, no_penalties=True, prompt_token_ids=None,
-        frequency_penalties=zeros, presence_penalties=zeros, repetition_penalties=zeros + 1,
-        output_token_ids=[[] for _ in range(num_requests)], allowed_token_ids_mask=None,
-        bad_words_token_ids={}, logitsprocs=LogitsProcessors(),
-    )  # fmt: skip
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """One thread, which tiny tensors like best, and no look for plugins at each turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(logits_processor, "_load_logitsprocs_plugins", list)
+        yield
+    torch.set_num_threads(threads)
+
+
+# -- logits processors of users --------------------------------------------------------------------
+
+
+class History(AdapterLogitsProcessor):
+    """Bumps a token that depends on the output, and for some requests on the prompt."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params):
+        bump = (params.extra_args or {}).get("bump", 0)
+
+        def by_output(output, logits):
+            logits[(sum(output) + len(output)) % VOCAB] += bump
+            return logits
+
+        def by_both(prompt, output, logits):
+            logits = logits.clone()
+            logits[(sum(prompt) + 5 * sum(output[-2:])) % VOCAB] += bump
+            return logits
+
+        return {True: by_output, False: by_both}[bump > 0] if bump else None
+
+
+class Sharpen(LogitsProcessor):
+    """Sharpens every other distribution; what it keeps of a request is as live as vLLM's list."""
+
+    ouroboros_stateless = True
+
+    def __init__(self, vllm_config, device, is_pin_memory) -> None:
+        self.outputs: dict[int, list[int]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update) -> None:
+        process_dict_updates(
+            self.outputs,
+            batch_update,
+            lambda params, _, output: output if (params.extra_args or {}).get("sharpen") else None,
+        )
+
+    def apply(self, logits):
+        for row, output in self.outputs.items():
+            logits[row] *= 1 + len(output) % 2
+        return logits
+
+
+CUSTOM = (History, Sharpen)
+
+
+# -- random requests and trees ---------------------------------------------------------------------
+
+
+def random_params(rng: np.random.Generator, custom: bool) -> SamplingParams:
+    """Parameters of any kind; a quarter of them plain greedy ones."""
+    kinds = 0.0 if rng.random() < 0.25 else 0.25
+    keys: dict = {"max_tokens": 64, "temperature": 0}
+    if kinds and rng.random() < 0.7:
+        keys["temperature"] = float(rng.choice([0.3, 0.8, 1.0, 1.5]))
+
+    def maybe(key, make, chance=kinds) -> None:
+        if rng.random() < chance:
+            keys[key] = make()
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.choice(VOCAB, int(rng.integers(low, high + 1)), replace=False).tolist()
+
+    maybe("seed", lambda: int(rng.integers(0, 2**31)), 0.5)
+    maybe("top_k", lambda: int(rng.integers(1, VOCAB + 3)))
+    maybe("top_p", lambda: float(rng.uniform(0.1, 1)))
+    maybe("min_p", lambda: float(rng.uniform(0.01, 0.4)))
+    maybe("repetition_penalty", lambda: float(rng.choice([0.7, 1.4])))
+    maybe("presence_penalty", lambda: float(rng.choice([-0.9, 1.1])))
+    maybe("frequency_penalty", lambda: float(rng.choice([-0.4, 0.8])))
+    maybe("logit_bias", lambda: {i: float(rng.choice([-3, 4])) for i in ids(1, 3)})
+    maybe("allowed_token_ids", lambda: ids(9, VOCAB))
+    maybe("min_tokens", lambda: int(rng.integers(1, 9)))
+    maybe("stop_token_ids", lambda: ids(1, 2), 0.3)
+    maybe("ignore_eos", lambda: True, 0.5)
+    maybe("logprobs", lambda: int(rng.integers(0, 4)), 0.4 if kinds else 0)
+    maybe("bad_words", lambda: ["a word"])
+    if custom:
+        # vLLM sharpens the logprobs of a greedy request only where a drawn one shares its batch
+        sharpen = rng.random() < 0.5 and keys["temperature"] > 0
+        keys["extra_args"] = {"bump": float(rng.choice([-4, 0, 4])), "sharpen": bool(sharpen)}
+    params = SamplingParams(**keys)
+    params.update_from_generation_config({}, eos_token_id=next(iter(EOS)))
+    if params.bad_words:  # what vLLM makes of them with a tokenizer
+        params._bad_words_token_ids = [ids(1, 1), ids(2, 2), ids(3, 3)]
+    return params
 
 
 def make_tree(paths) -> DraftTree:
     nodes = trie([tuple(p) for p in paths], 10**9)
-    index = {(): -1, **{path: i for i, path in enumerate(nodes)}}
+    index = {(): ROOT, **{path: i for i, path in enumerate(nodes)}}
     return DraftTree(
         np.array([p[-1] for p in nodes], np.int32),
         np.array([index[p[:-1]] for p in nodes], np.int32),
@@ -42,56 +147,99 @@ def make_tree(paths) -> DraftTree:
     )
 
 
-def logits_of(model: Language, text: list[int], paths, noise: np.random.Generator) -> torch.Tensor:
-    """Logits of each path's row: the model's token for the whole sequence is on top."""
-    rows = []
-    for path in paths:
-        row = torch.from_numpy(noise.standard_normal(VOCAB)).float()
-        row[model([*text, *path])] = 9.0
-        rows.append(row)
-    return torch.stack(rows)
+def random_tree(rng: np.random.Generator, truth: list[int]) -> DraftTree | None:
+    """A tree around the true continuation: right and wrong branches, deep ones, twins."""
+    if rng.random() < 0.15:
+        return None
+    paths = []
+    for _ in range(rng.integers(1, 5)):
+        path = [*truth[: rng.integers(0, DEEPEST + 1)], *rng.integers(0, VOCAB, DEEPEST)]
+        path = path[: rng.integers(1, DEEPEST + 1)]
+        if rng.random() < 0.3:
+            path[rng.integers(0, len(path))] = int(rng.integers(0, VOCAB))
+        paths.append(map(int, path))
+    tree = make_tree(paths).prefix(int(rng.integers(1, 24)))
+    if rng.random() < 0.3:  # a node that has a brother with the same token, and children of its own
+        tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+        twin = int(rng.integers(0, len(tokens)))
+        tokens += [tokens[twin], truth[-1]]
+        parents += [parents[twin], len(parents)]
+        tree = DraftTree(
+            np.array(tokens, np.int32),
+            np.array(parents, np.int32),
+            np.full(len(tokens), NodeSource.SUFFIX, np.int32),
+        )
+    return tree
 
 
-class Batch:
-    """Random requests with random trees near the target's own text, and their logits."""
+def first_child(tree: DraftTree, node: int, token: int) -> int | None:
+    pairs = zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)
+    return next((i for i, pair in enumerate(pairs) if pair == (node, token)), None)
 
-    def __init__(self, seed: int, with_padding: bool = False) -> None:
-        rng = np.random.default_rng(seed)
-        self.model = Language(seed, VOCAB, surprise=3)
-        self.texts, self.trees, self.stops, rows, parts = [], [], [], [], []
-        for _ in range(rng.integers(1, 5)):
-            text = rng.integers(0, VOCAB, rng.integers(1, 6)).tolist()
-            self.texts.append(text)
-            stops = frozenset(rng.integers(0, VOCAB, rng.integers(0, 2)).tolist())
-            self.stops.append(stops)
-            tree = None
-            if rng.random() < 0.8:
-                paths = []
-                for _ in range(rng.integers(1, 5)):
-                    path = self.model.greedy(text, 6)
-                    if rng.random() < 0.7:
-                        path[rng.integers(0, 6)] = int(rng.integers(0, VOCAB))
-                    paths.append(path)
-                tree = make_tree(paths).prefix(int(rng.integers(1, 20)))
-            self.trees.append(tree)
-            rows.append(sum(map(len, parts)))
-            parts.append(
-                logits_of(self.model, text, [(), *(node_paths(tree) if tree else [])], rng)
-            )
-            if with_padding and tree is None and rng.random() < 0.5:
-                parts.append(torch.randn(3, VOCAB))  # rows of placeholders
-        self.logits = torch.cat(parts)
-        self.rows = np.array(rows, np.int64)
 
-    def expected(self, r: int) -> list[int]:
-        """Greedy decoding, as long as the tree goes along; a stop ends it."""
-        paths = [(), *(node_paths(self.trees[r]) if self.trees[r] else [])]
-        emitted: list[int] = []
-        while tuple(emitted) in paths:
-            emitted.append(self.model([*self.texts[r], *emitted]))
-            if emitted[-1] in self.stops[r]:
-                break
-        return emitted
+def follow(tree: DraftTree | None, truth: list[int], stops) -> tuple[list[int], list[int]]:
+    """Nodes that the truth runs through, and the tokens that come out; a stop ends both."""
+    nodes: list[int] = []
+    for length, token in enumerate(truth, 1):
+        if tree is None or token in stops:
+            return nodes, truth[:length]
+        child = first_child(tree, nodes[-1] if nodes else ROOT, token)
+        if child is None:
+            return nodes, truth[:length]
+        nodes.append(child)
+    raise AssertionError("the truth is too short for this tree")
+
+
+# -- the reference ---------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """What a request gets of vLLM alone."""
+
+    tokens: list[int]
+    tables: list[tuple[torch.Tensor, ...]]  # a token's ids, values and rank
+    noise: list[torch.Tensor | None]  # state of its generator before each token and at the end
+
+
+def logits_of(model: Language, texts, dtype=torch.float32) -> torch.Tensor:
+    return torch.from_numpy(np.stack([model.logits(text) for text in texts])).to(dtype)
+
+
+def one_by_one(
+    model, config, sampler, states, stops, dtype=torch.float32, **more
+) -> list[Reference]:
+    """Decode the requests of ``states`` in one batch that loses those which end."""
+    processors = build_processors(config, CPU)
+    custom = bool(config.model_config.logits_processors)
+    batch = input_batch(VOCAB, processors, custom=custom, **more)
+    references: dict[str, Reference] = {}
+    for state in states:
+        batch.add_request(state)
+        noise = state.generator.get_state() if state.generator else None
+        references[state.req_id] = Reference([], [], [noise])
+    by_id = {state.req_id: (state, own) for state, own in zip(states, stops, strict=True)}
+    for _ in range(COUNT):
+        batch.condense()
+        batch.refresh_metadata()
+        if not batch.req_ids:
+            break
+        live = [by_id[req_id] for req_id in batch.req_ids]
+        texts = [[*s.prompt_token_ids, *s.output_token_ids] for s, _ in live]
+        output = sampler(logits_of(model, texts, dtype), batch.sampling_metadata)
+        ended = []
+        for row, (state, own) in enumerate(live):
+            token = int(output.sampled_token_ids[row, 0])
+            state.output_token_ids.append(token)
+            found = references[state.req_id]
+            found.tokens.append(token)
+            if output.logprobs_tensors is not None:
+                found.tables.append(tuple(table[row] for table in output.logprobs_tensors[:3]))
+            found.noise.append(state.generator.get_state() if state.generator else None)
+            if token in own:
+                ended.append(state.req_id)
+        for req_id in ended:
+            batch.remove_request(req_id)
+    return [references[state.req_id] for state in states]
 
 
 def emitted_tokens(output) -> list[list[int]]:
@@ -103,138 +251,281 @@ def emitted_tokens(output) -> list[list[int]]:
     return result
 
 
-@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=80, deadline=None)
-def test_the_output_is_greedy_decoding(seed, dtype) -> None:
-    batch = Batch(seed, with_padding=True)
-    logits = batch.logits.to(dtype)
-    verified, last = verify(logits, batch.rows, batch.trees, batch.stops, accept=True)
-    metadata = greedy_metadata(len(batch.trees))
-    output = sample(Sampler(), logits, batch.rows, verified, last, metadata)
-    assert emitted_tokens(output) == [batch.expected(r) for r in range(len(batch.trees))]
-    assert output.logprobs_tensors is None
-    assert output.sampled_token_ids.dtype == torch.int32
-    for found, tree, text in zip(verified, batch.trees, batch.texts, strict=True):
+class Counting(TokenSampler):
+    """Counts the rows that are sampled."""
+
+    rows = 0
+
+    def after_text(self, logits, *args):
+        self.rows += len(logits)
+        return super().after_text(logits, *args)
+
+    def after_paths(self, logits, *args):
+        self.rows += len(logits)
+        return super().after_paths(logits, *args)
+
+
+class Case:
+    """Some requests, what vLLM alone makes of them, and the same requests under speculation."""
+
+    def __init__(self, seed: int, mode: str, dtype: torch.dtype, custom: bool) -> None:
+        rng = self.rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.model, self.mode, self.dtype = Language(seed, VOCAB, surprise=3), mode, dtype
+        config = engine_config(processors=CUSTOM if custom else ())
+        self.states, self.requests, alone = {}, {}, []
+        for i in range(int(rng.integers(1, 6))):
+            name, params = f"r{i}", random_params(rng, custom)
+            prompt = rng.integers(0, VOCAB, rng.integers(1, 6)).tolist()
+            seeded = params.sampling_type == SamplingType.RANDOM_SEED
+            generator = torch.Generator().manual_seed(params.seed) if seeded else None
+            state = request_state(name, prompt, params, generator=generator)
+            request = Sampled.of(state, EOS, custom, CPU)
+            self.states[name], self.requests[name] = state, request
+            noise = request.generator and request.generator.clone_state()
+            if seeded:  # the stream that the user asked for, whatever ours does
+                noise = torch.Generator().manual_seed(params.seed)
+            alone.append(request_state(name, prompt, params, generator=noise))
+        stops = [request.stops for request in self.requests.values()]
+        sampler = Sampler(logprobs_mode=mode)
+        found = one_by_one(self.model, config, sampler, alone, stops, dtype)
+        self.references = dict(zip(self.states, found, strict=True))
+        self.sampler = Counting(Sampler(logprobs_mode=mode), build_processors(config, CPU))
+        self.batch = input_batch(VOCAB, build_processors(config, CPU), custom=custom)
+        self.prompt_steps = {name: int(rng.choice([0, 0, 0, 1, 2])) for name in self.states}
+
+    def over(self, name: str) -> bool:
+        """Whether a request has ended, or the reference has no tokens for another tree."""
+        emitted = self.states[name].output_token_ids
+        ended = bool(emitted) and emitted[-1] in self.requests[name].stops
+        return ended or len(emitted) + DEEPEST + 1 > COUNT
+
+    def recompose(self) -> None:
+        """Requests join the batch, end, are preempted and come back."""
+        rng, there = self.rng, self.batch.req_id_to_index
+        for name in self.states:
+            if name in there and (self.over(name) or rng.random() < 0.15):
+                self.batch.remove_request(name)
+        for name, state in self.states.items():
+            if name not in there and not self.over(name) and rng.random() < 0.8:
+                self.batch.add_request(state)
+        self.batch.condense()
+        self.batch.refresh_metadata()
+
+    def step(self) -> None:
+        """One step of the engine: trees for some of the batch, and all that must hold of it."""
+        rng, names = self.rng, self.batch.req_ids
+        unfinished = {r for r, name in enumerate(names) if self.prompt_steps[name]}
+        texts, rows, trees, truths = [], [], [], []
+        for r, name in enumerate(names):
+            state = self.states[name]
+            text = [*state.prompt_token_ids, *state.output_token_ids]
+            truths.append(self.references[name].tokens[len(state.output_token_ids) :])
+            tree = None
+            if r not in unfinished:
+                tree = random_tree(rng, truths[-1])
+            trees.append(tree)
+            rows.append(len(texts))
+            texts += [[*text, *path] for path in [(), *(node_paths(tree) if tree else [])]]
+            if tree is None and rng.random() < 0.3:
+                texts += [[0]] * 3  # rows of placeholders
+        logits = logits_of(self.model, texts, self.dtype)
+        likeliest = logits.float().argmax(-1).tolist()
+        requests = [self.requests[name] for name in names]
+        before = [q.generator.get_state() if q.generator else None for q in requests]
+        self.sampler.rows = 0
+        verified, output = verify(
+            self.sampler, logits, np.array(rows), trees, requests, unfinished,
+            self.batch.sampling_metadata,
+        )  # fmt: skip
+        assert output.sampled_token_ids.dtype == torch.int32
+        emitted = emitted_tokens(output)
+        assert self.sampler.rows == sum(
+            1 if request.plain else len(tokens)
+            for request, tokens in zip(requests, emitted, strict=True)
+        )
+        for r, name in enumerate(names):
+            if r in unfinished:
+                assert len(emitted[r]) == 1, "one token, which vLLM discards"
+                assert verified[r] is None
+                assert_same_noise(requests[r], before[r])
+                self.prompt_steps[name] -= 1
+                continue
+            nodes, expected = follow(trees[r], truths[r], requests[r].stops)
+            assert emitted[r] == expected
+            self.check_tree(verified[r], trees[r], nodes, expected, likeliest[rows[r] :])
+            self.check_logprobs(name, output, r, expected)
+            self.states[name].output_token_ids += expected
+            length = len(self.states[name].output_token_ids)
+            assert_same_noise(requests[r], self.references[name].noise[length])
+
+    def check_tree(self, found: Verified | None, tree, nodes, expected, likeliest) -> None:
         assert (found is None) == (tree is None)
-        if found is not None:
-            assert found.tree is tree
-            paths = [(), *node_paths(tree)]
-            assert found.predicted.tolist() == [batch.model([*text, *path]) for path in paths]
+        if found is None:
+            return
+        assert found.tree is tree
+        assert found.path.tolist() == nodes
+        predicted = likeliest[: 1 + len(tree.tokens)]
+        for node, token in zip([ROOT, *nodes], expected, strict=True):
+            predicted[node + 1] = token
+        assert found.predicted.tolist() == predicted
+
+    def check_logprobs(self, name: str, output, r: int, expected: list[int]) -> None:
+        wanted = self.states[name].sampling_params.logprobs
+        asked = [self.states[n].sampling_params.logprobs for n in self.batch.req_ids]
+        assert (output.logprobs_tensors is None) == all(one is None for one in asked)
+        if wanted is None:
+            return
+        first = len(self.states[name].output_token_ids)
+        width = output.sampled_token_ids.shape[1]
+        for depth in range(len(expected)):
+            ids, values, rank = (table[r * width + depth] for table in output.logprobs_tensors[:3])
+            theirs = self.references[name].tables[first + depth]
+            assert ids[0] == expected[depth]
+            torch.testing.assert_close(
+                values[: 1 + wanted], theirs[1][: 1 + wanted], atol=1e-6, rtol=0
+            )
+            assert rank == theirs[2]
+            if self.dtype == torch.float32:  # equals are in no order in half precision
+                assert ids[: 1 + wanted].tolist() == theirs[0][: 1 + wanted].tolist()
 
 
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_not_accepting_gives_one_token_each(seed) -> None:
-    batch = Batch(seed)
-    verified, last = verify(batch.logits, batch.rows, batch.trees, batch.stops, accept=False)
-    assert verified == [None] * len(batch.trees)
-    assert last.tolist() == batch.rows.tolist()
-    metadata = greedy_metadata(len(batch.trees))
-    output = sample(Sampler(), batch.logits, batch.rows, verified, last, metadata)
-    assert emitted_tokens(output) == [[batch.model(text)] for text in batch.texts]
+def assert_same_noise(request: Sampled, state: torch.Tensor | None) -> None:
+    assert (request.generator is None) == (state is None)
+    if state is not None:
+        assert torch.equal(request.generator.get_state(), state)
 
 
-@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
-@pytest.mark.parametrize("seed", range(6))
-def test_logprobs_are_those_of_decoding_one_token_at_a_time(mode, seed) -> None:
-    batch, top = Batch(seed), 3
-    verified, last = verify(batch.logits, batch.rows, batch.trees, batch.stops, accept=True)
-    sampler, metadata = Sampler(logprobs_mode=mode), greedy_metadata(len(batch.trees), top)
-    output = sample(sampler, batch.logits.clone(), batch.rows, verified, last, metadata)
-    found = output.logprobs_tensors
-    assert found is not None
-    emitted = emitted_tokens(output)
-    width = output.sampled_token_ids.shape[1]
-    for r, tokens in enumerate(emitted):
-        nodes = node_paths(batch.trees[r]) if batch.trees[r] else []
-        for depth, token in enumerate(tokens):
-            path = tuple(tokens[:depth])
-            row = batch.rows[r] + (1 + nodes.index(path) if path else 0)
-            logits = batch.logits[[row]]
-            alone = sampler(logits.clone(), greedy_metadata(1, top))
-            assert alone.sampled_token_ids.item() == token
-            at = r * width + depth
-            for mine, theirs in zip(found[:3], alone.logprobs_tensors[:3], strict=True):
-                torch.testing.assert_close(mine[at], theirs[0])
-    assert found.logprobs.shape == (len(emitted) * width, top + 1)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    mode=st.sampled_from(MODES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    custom=st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_speculation_changes_nothing(seed, mode, dtype, custom) -> None:
+    """Tokens, logprobs and the use of noise are those of one token at a time, in any batch."""
+    case = Case(seed, mode, dtype, custom)
+    for _ in range(12):
+        case.recompose()
+        if case.batch.req_ids:
+            case.step()
 
 
-def test_a_stop_inside_the_path_ends_it() -> None:
+def run_alone(params: SamplingParams, tree: DraftTree, texts) -> tuple[list[int], Verified]:
+    """Verify one request's tree, whose rows have 9 at the given tokens and 0 elsewhere."""
+    config = engine_config()
+    state = request_state("x", [1], params)
+    batch = input_batch(VOCAB, build_processors(config, CPU))
+    batch.add_request(state)
+    batch.refresh_metadata()
+    sampler = TokenSampler(Sampler(), build_processors(config, CPU))
+    logits = 9 * torch.nn.functional.one_hot(torch.tensor(texts), VOCAB).float()
+    [found], output = verify(
+        sampler, logits, np.zeros(1, np.int64), [tree], [Sampled.of(state, EOS, False, CPU)],
+        set(), batch.sampling_metadata,
+    )  # fmt: skip
+    return emitted_tokens(output)[0], found
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.001])
+def test_a_stop_inside_the_path_ends_it(penalty) -> None:
     """The stop comes last, as the token after the path, though the tree goes on."""
     tree = make_tree([[1, 2, 3, 4]])
-    logits = torch.nn.functional.one_hot(torch.tensor([1, 2, 3, 4, 5]), VOCAB).float()
     for stop, expected in ((9, [1, 2, 3, 4, 5]), (3, [1, 2, 3]), (1, [1]), (4, [1, 2, 3, 4])):
-        stops = [frozenset([stop])]
-        verified, last = verify(logits, np.zeros(1, np.int64), [tree], stops, True)
-        output = sample(
-            Sampler(), logits, np.zeros(1, np.int64), verified, last, greedy_metadata(1)
-        )
-        assert emitted_tokens(output) == [expected]
-        assert last.tolist() == [len(expected) - 1]
+        params = SamplingParams(temperature=0, stop_token_ids=[stop], repetition_penalty=penalty)
+        tokens, found = run_alone(params, tree, [1, 2, 3, 4, 5])
+        assert tokens == expected
+        assert found.path.tolist() == [*range(len(expected) - 1)]
+        assert found.predicted.tolist() == [1, 2, 3, 4, 5]
+    assert run_alone(SamplingParams(temperature=0), make_tree([[11, 2]]), [11, 2, 3])[0] == [11]
+    params = SamplingParams(temperature=0, ignore_eos=True, repetition_penalty=penalty)
+    assert run_alone(params, make_tree([[11, 2]]), [11, 2, 3])[0] == [11, 2, 3]
 
 
-def test_ties_go_to_the_token_that_the_sampler_would_take() -> None:
-    """The walk and vLLM's sampler must agree on equal logits, in half precision too."""
-    logits = torch.zeros(3, VOCAB, dtype=torch.bfloat16)
-    logits[0, [2, 5]] = 1.0
-    logits[1, [0, 7]] = 1.0
-    tree = make_tree([[2, 0]])
-    rows = np.zeros(1, np.int64)
-    verified, last = verify(logits, rows, [tree], [frozenset()], True)
-    output = sample(Sampler(), logits, rows, verified, last, greedy_metadata(1))
-    one_by_one = [
-        Sampler()(logits[[i]], greedy_metadata(1)).sampled_token_ids.item() for i in range(3)
+def test_a_plain_request_chooses_as_the_sampler_does() -> None:
+    """The walk by argmax and vLLM's sampler agree on equal logits, in half precision too."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = torch.zeros(4, VOCAB, dtype=dtype)
+        logits[0, [2, 5]] = 1.0
+        logits[1, [0, 11]] = 1.0
+        logits[2, [7, 3, 9]] = torch.inf
+        logits[3, :] = -torch.inf
+        assert greedy(logits).tolist() == Sampler.greedy_sample(logits.float()).tolist()
+
+
+def test_a_budget_of_thoughts_beside_trees() -> None:
+    """vLLM's thinking budget ends the thoughts of its request, whatever the others draft."""
+    model, config = Language(5, VOCAB, surprise=3), engine_config()
+    thinking = {"reasoning_start_token_ids": [3], "reasoning_end_token_ids": [4, 5]}
+    more = {"reasoning_config": SimpleNamespace(**thinking)}
+    given_params = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1, seed=4, repetition_penalty=1.2),
+        SamplingParams(temperature=0.7, seed=5, thinking_token_budget=3),
     ]
-    assert emitted_tokens(output) == [one_by_one]
+
+    def states():
+        for i, params in enumerate(given_params):
+            noise = None if i == 0 else torch.Generator().manual_seed(params.seed)
+            yield request_state(f"r{i}", [7, 3, i], params, generator=noise)
+
+    references = one_by_one(model, config, Sampler(), [*states()], [()] * 3, **more)
+    assert references[2].tokens[2:4] == [4, 5], "its prompt has thought one token already"
+    batch = input_batch(VOCAB, build_processors(config, CPU), num_spec_tokens=DEEPEST, **more)
+    live = [*states()]
+    requests = [Sampled.of(state, frozenset(), False, CPU) for state in live]
+    for state in live:
+        batch.add_request(state)
+    sampler = TokenSampler(Sampler(), build_processors(config, CPU))
+    while len(live[2].output_token_ids) < 8:
+        batch.refresh_metadata()
+        texts, rows, trees = [], [], []
+        for state, reference in zip(live, references, strict=True):
+            truth = reference.tokens[len(state.output_token_ids) :]
+            tree = DraftTree.chain([truth[0]]) if state is not live[2] else None
+            trees.append(tree)
+            rows.append(len(texts))
+            text = [*state.prompt_token_ids, *state.output_token_ids]
+            texts += [[*text, *path] for path in [(), *(node_paths(tree) if tree else [])]]
+        _, output = verify(
+            sampler, logits_of(model, texts), np.array(rows), trees, requests, set(),
+            batch.sampling_metadata,
+        )  # fmt: skip
+        for state, tokens in zip(live, emitted_tokens(output), strict=True):
+            state.output_token_ids += tokens
+    for state, reference in zip(live, references, strict=True):
+        assert state.output_token_ids == reference.tokens[: len(state.output_token_ids)]
+    assert len(live[0].output_token_ids) == len(live[1].output_token_ids) == 16
 
 
-def test_random_requests_beside_a_tree_keep_their_own_stream() -> None:
-    """A request with one row is sampled as if no tree were in the batch."""
-    tree = make_tree([[1, 2]])
-    own = torch.nn.functional.one_hot(torch.tensor([1, 2, 3]), VOCAB).float() * 9
-    other = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3))
-    mixed = greedy_metadata(2)
-    mixed.all_greedy = False
-    mixed.temperature = torch.tensor([0.0, 1.0])
-    mixed.generators = {1: torch.Generator().manual_seed(11)}
-    rows = np.array([0, 3], np.int64)
-    logits = torch.cat([own, other])
-    verified, last = verify(logits, rows, [tree, None], [frozenset()] * 2, True)
-    output = sample(Sampler(), logits, rows, verified, last, mixed)
-    plain = greedy_metadata(2)
-    plain.all_greedy = False
-    plain.temperature = torch.tensor([0.0, 1.0])
-    plain.generators = {1: torch.Generator().manual_seed(11)}
-    alone = Sampler()(torch.cat([own[:1], other]), plain)
-    assert emitted_tokens(output) == [[1, 2, 3], [alone.sampled_token_ids[1].item()]]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"temperature": 0.5}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1},
-        {"repetition_penalty": 1.1}, {"logit_bias": {1: 1.0}}, {"min_tokens": 2},
-        {"allowed_token_ids": [1]}, {"bad_words": ["a"]}, {"thinking_token_budget": 4},
-        {"structured_outputs": StructuredOutputsParams(json_object=True)},
-    ],
-    ids=lambda c: next(iter(c)),
-)  # fmt: skip
-def test_only_plain_greedy_requests_speculate(changes) -> None:
-    assert can_speculate(SamplingParams(temperature=0))
-    assert not can_speculate(SamplingParams(**{"temperature": 0, **changes}))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"stop_token_ids": [1]}, {"stop": ["x"]}, {"logprobs": 3}, {"seed": 1}, {"max_tokens": 1},
-        {"ignore_eos": True}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1},
-    ],
-    ids=lambda c: next(iter(c)),
-)  # fmt: skip
-def test_what_does_not_change_the_argmax_does_not_hinder(changes) -> None:
-    assert can_speculate(SamplingParams(**{"temperature": 0, **changes}))
-
-
-def test_a_pooling_request_does_not_speculate() -> None:
-    assert not can_speculate(None)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_table_of_chosen_ids_leaves_one_token_each(temperature) -> None:
+    """`logprob_token_ids` of one request: vLLM's table for it has no room for several tokens."""
+    model, config = Language(7, VOCAB), engine_config()
+    params = SamplingParams(temperature=temperature, logprob_token_ids=[2, 7])
+    states = [
+        request_state("x", [1], SamplingParams(temperature=0)),
+        request_state("y", [2], params),
+    ]
+    batch = input_batch(VOCAB, build_processors(config, CPU))
+    for state in states:
+        batch.add_request(state)
+    batch.refresh_metadata()
+    tree = make_tree([model.greedy([1], 3)])
+    logits = logits_of(model, [[1], *([1, *path] for path in node_paths(tree)), [2]])
+    verified, output = verify(
+        TokenSampler(Sampler(), build_processors(config, CPU)),
+        logits,
+        np.array([0, 4]),
+        [tree, None],
+        [Sampled.of(state, EOS, False, CPU) for state in states],
+        set(),
+        batch.sampling_metadata,
+    )
+    assert verified == [None, None]
+    assert [len(tokens) for tokens in emitted_tokens(output)] == [1, 1]
+    assert output.sampled_token_ids[0, 0] == logits[0].argmax()
+    ids, values = output.logprobs_tensors[:2]
+    assert ids[1, 1:].tolist() == [2, 7]
+    torch.testing.assert_close(values[1, 1:], logits.log_softmax(-1)[4, [2, 7]])
