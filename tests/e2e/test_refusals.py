@@ -136,10 +136,57 @@ def test_supported_vllm_version(version):
     assert check_version(version) == []
 
 
-def test_pipeline_parallel(configure):
-    line = refusal(configure, pipeline_parallel_size=2)
-    for word in ("pipeline_parallel_size", "2", "1"):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2", "use 1"]),
+        ({"enable_prompt_embeds": True}, ["enable_prompt_embeds = True", "use false"]),
+        ({"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, ["kv_cache_dtype = 'fp8'", "use auto"]),
+        ({"kv_offloading_size": 1.0}, ["kv_offloading_size = 1.0", "use none"]),
+        ({"worker_cls": "mine.Worker"}, ["worker_cls = 'mine.Worker'", "use auto"]),
+        ({"scheduler_cls": "mine.Scheduler"}, ["scheduler_cls = 'mine.Scheduler'", "the default"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_engine_arguments(configure, arguments, words):
+    line = refusal(configure, **arguments)
+    for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("draft_tensor_parallel_size", 2),
+        ("max_model_len", 128),
+        ("kv_cache_dtype", "bfloat16"),
+        ("num_speculative_tokens_per_batch_size", [(1, 4, 26), (5, 8, 8)]),
+        ("rejection_sample_method", "block"),
+        ("draft_sample_method", "probabilistic"),
+        ("parallel_drafting", True),
+    ],
+)
+def test_options_of_vllms_own_speculation(configure, tools, field, value):
+    """They would be ignored: the draft model is our own."""
+    speculative = {"model": tools.PROPOSER, "num_speculative_tokens": 26, field: value}
+    line = refusal(configure, speculative_config=speculative)
+    assert f"speculative_config.{field} = {value!r} has no effect" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"enable_sleep_mode": True}, "Sleep mode is not supported"),
+        ({"async_scheduling": True}, "async scheduling is only supported with"),
+        ({"enable_return_routed_experts": True}, "requires Model Runner V2"),
+        ({"enable_trace_replay": True}, "requires Model Runner V2"),
+        ({"return_sampling_mask": True}, "requires Model Runner V2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_vllm_refuses_by_itself(configure, arguments, words):
+    """Not our doing, but part of the table of what works: none of it is passed over in silence."""
+    assert words in refusal(configure, **arguments)
 
 
 MLA = {

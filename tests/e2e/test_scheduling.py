@@ -22,6 +22,7 @@ CROWDED = {
     "long_prefill_token_threshold": 64,
     "enable_prefix_caching": True,
 }
+PRIORITY = {**CROWDED, "scheduling_policy": "priority"}
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,42 @@ def test_aborts_among_preempted_requests(ouroboros, long_prompts, expected, tool
         if i not in aborted:
             assert finished[i] == want
     assert tools.tokens_of(tools.generate(llm, long_prompts, GREEDY)) == expected
+
+
+# -- priorities ------------------------------------------------------------------------------------
+
+
+def test_priorities(ouroboros, long_prompts, expected, tools):
+    """Urgent requests push the others aside when they come, and all get their own texts."""
+    llm = ouroboros(**PRIORITY)
+    engine = llm.llm_engine
+    before = tools.metric(llm, "vllm:num_preemptions")
+    patient, urgent = range(8), range(8, 12)
+
+    def add(requests: range, priority: int) -> None:
+        for i in requests:
+            prompt = {"prompt_token_ids": long_prompts[i]}
+            engine.add_request(f"p{i}", prompt, GREEDY, priority=priority)
+
+    add(patient, 1)
+    finished: dict[int, list[int]] = {}  # in the order of their ends
+    step = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                finished[int(output.request_id[1:])] = list(output.outputs[0].token_ids)
+        step += 1
+        if step == 6:
+            assert not finished
+            add(urgent, 0)
+    assert [finished[i] for i in range(12)] == expected
+    order = list(finished)
+    assert max(order.index(i) for i in urgent) < 8
+    assert tools.metric(llm, "vllm:num_preemptions") > before
+
+
+def test_mixed_priorities(ouroboros, long_prompts, expected, tools):
+    given = [{"prompt_token_ids": ids} for ids in long_prompts]
+    priorities = [i % 3 for i in range(len(given))]
+    outputs = ouroboros(**PRIORITY).generate(given, GREEDY, priority=priorities, use_tqdm=False)
+    assert tools.tokens_of(outputs) == expected

@@ -1,0 +1,158 @@
+"""Servers of a soak: start, watch and end them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 300
+COMMON = (
+    "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512",
+    "--max-num-seqs", "16", "--host", "127.0.0.1", "--disable-uvicorn-access-log",
+)  # fmt: skip
+VANILLA = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192")
+"""Stock vLLM 0.32 ends on the CPU when it has to cut the prompt of a request with a seed."""
+OUROBOROS = (
+    "--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-batched-tokens", "512",
+    "--scheduling-policy", "priority", "--spec-tokens", "26",
+    "--speculative-model", "vllm_ouroboros.OuroborosProposer",
+)  # fmt: skip
+KV_BYTES = {"vanilla": 2**27, "ouroboros": 10 * 2**20}
+"""Of which the second is too little for 16 long requests: some are preempted."""
+
+
+class Server:
+    """A server in a process group of its own."""
+
+    def __init__(self, name: str, pair: Path, folder: Path) -> None:
+        self.name, self.log = name, folder / f"{name}.log"
+        with socket.socket() as held:
+            held.bind(("127.0.0.1", 0))
+            port = held.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        flags = list(VANILLA)
+        if name == "ouroboros":
+            flags = [*OUROBOROS, "--ouroboros-config", json.dumps({"draft_model": f"{pair}/draft"})]
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(pair / "target"), "--port", str(port), *COMMON, *flags),
+            *("--kv-cache-memory-bytes", str(KV_BYTES[name])),
+        ]
+        # not the repository's root, whose `kernels` shadows a package that transformers imports
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def ready(self) -> None:
+        """Wait until it answers; raises when it has ended or takes too long."""
+        async with httpx.AsyncClient(timeout=5) as client:
+            for _ in range(2 * START_SECONDS):
+                if self.process.poll() is not None:
+                    break
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get(f"{self.url}/health")).status_code == 200:
+                        return
+                await asyncio.sleep(0.5)
+        raise RuntimeError(f"the {self.name} server does not start:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def complaints(self) -> list[str]:
+        """Errors in its log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        found = [line for line in lines if re.search(r"\bERROR\b|\bCRITICAL\b|^Traceback", line)]
+        return found[:5]
+
+    def stop(self) -> None:
+        """End it and everything that it started."""
+        for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+                break
+        with contextlib.suppress(ProcessLookupError):  # children that outlived it
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of the process group of a process."""
+    group, total = os.getpgid(pid), 0
+    page = os.sysconf("SC_PAGE_SIZE")
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it may end while we read
+            # the name, in parentheses, may hold anything; then state, parent, group
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                total += int((folder / "statm").read_text().split()[1]) * page
+    return total
+
+
+@dataclass
+class Memory:
+    """Resident memory of a server over time."""
+
+    pid: int
+    every: float = 0.5
+    samples: list[int] = field(default_factory=list)
+
+    async def watch(self) -> None:
+        while True:
+            with contextlib.suppress(ProcessLookupError):
+                self.samples.append(resident(self.pid))
+            await asyncio.sleep(self.every)
+
+    def quarter(self, which: int) -> float:
+        """Median of a quarter (0 to 3) of the samples in MB."""
+        size = max(1, len(self.samples) // 4)
+        return statistics.median(self.samples[which * size : (which + 1) * size] or [0]) / 1e6
+
+    def problems(self) -> list[str]:
+        """Growth from the second quarter to the last; the first one is warming up."""
+        before, after = self.quarter(1), self.quarter(3)
+        if after > 1.05 * before + 20:
+            return [f"memory grew from {before:.0f} to {after:.0f} MB"]
+        return []
+
+
+async def metrics(url: str) -> dict[str, float]:
+    """vLLM's counters and gauges by name, summed over labels."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        text = (await client.get(f"{url}/metrics")).text
+    totals: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("vllm:"):
+            name, value = line.split("{", 1)[0], line.rsplit(" ", 1)[1]
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+async def idle(url: str, patience: float = 30) -> list[str]:
+    """Why a server without clients is not idle: requests or KV blocks that were not let go."""
+    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    left: dict[str, float] = {}
+    for _ in range(int(patience)):
+        found = await metrics(url)
+        left = {name: found.get(name, 0.0) for name in gauges if found.get(name, 0.0) > 0}
+        if not left:
+            return []
+        await asyncio.sleep(1)
+    return [f"the server holds on to what no client waits for: {left}"]
