@@ -107,8 +107,9 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         (cache.kv_offloading_size is not None, "kv_offloading_size", cache.kv_offloading_size,
          "none"),
         (model.enable_prompt_embeds, "enable_prompt_embeds", True, "false"),
-        (cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "kv_cache_dtype",
-         cache.cache_dtype, "auto"),
+        # of another type than the model's: the CPU kernels would not convert it
+        (cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+         "kv_cache_dtype", cache.cache_dtype, "auto"),
     )  # fmt: skip
     problems += [
         f"{key} = {value!r} is not supported with Ouroboros yet: use {fix}"

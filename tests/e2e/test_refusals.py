@@ -142,6 +142,7 @@ def test_supported_vllm_version(version):
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size = 2", "use 1"]),
         ({"enable_prompt_embeds": True}, ["enable_prompt_embeds = True", "use false"]),
         ({"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, ["kv_cache_dtype = 'fp8'", "use auto"]),
+        ({"kv_cache_dtype": "bfloat16"}, ["kv_cache_dtype = 'bfloat16'", "use auto"]),
         ({"kv_offloading_size": 1.0}, ["kv_offloading_size = 1.0", "use none"]),
         ({"worker_cls": "mine.Worker"}, ["worker_cls = 'mine.Worker'", "use auto"]),
         ({"scheduler_cls": "mine.Scheduler"}, ["scheduler_cls = 'mine.Scheduler'", "the default"]),

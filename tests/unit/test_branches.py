@@ -180,9 +180,7 @@ def test_drafting_by_noise(seed, changes) -> None:
 
     out, total, which = drafting.plan_branches(slots)
     assert len(which) == sum(BRANCHES)
-    paths = [
-        [*chain[:place], int(branches[place, rank])] for _, place, rank in which.tolist()
-    ]
+    paths = [[*chain[:place], int(branches[place, rank])] for _, place, rank in which.tolist()]
     logits = torch.stack([model([*TEXT, *path]) for path in paths])
     sampling.follow(slots, rows, which, logits.clone())
     places.append(noise)

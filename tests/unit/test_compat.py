@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import vllm_ouroboros
 from vllm_ouroboros import compat
@@ -132,7 +133,7 @@ def _no_filter(monkeypatch, request) -> None:
     "config",
     [
         engine(),
-        engine(cache={"cache_dtype": "bfloat16"}),
+        engine(cache={"cache_dtype": "bfloat16"}, model_config=model(dtype=torch.bfloat16)),
         engine(lora_config=object()),
         engine(
             parallel={"worker_cls": compat.WORKER}, scheduler={"scheduler_cls": compat.SCHEDULER}
@@ -163,6 +164,11 @@ def test_a_plain_engine_passes(config) -> None:
         (engine(model_config=model(enable_prompt_embeds=True)), "enable_prompt_embeds", "True"),
         (engine(cache={"cache_dtype": "fp8"}), "kv_cache_dtype", "'fp8'"),
         (engine(cache={"cache_dtype": "fp8_e5m2"}), "kv_cache_dtype", "'fp8_e5m2'"),
+        (
+            engine(cache={"cache_dtype": "bfloat16"}, model_config=model(dtype=torch.float32)),
+            "kv_cache_dtype",
+            "'bfloat16'",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
