@@ -96,7 +96,7 @@ class DraftSampling:
                 size = int(out.num_guesses[i])
                 part = slice(current + 1, current + 1 + size)
                 child = child_of(out.tokens[part], out.guesses[part], size, node, token)
-                if child >= 0:
+                if child >= 0 and token not in self.drafting.stops:
                     going[i] = child
                 paths[i].append(token)
             nodes = going
