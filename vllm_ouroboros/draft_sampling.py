@@ -102,8 +102,18 @@ class DraftSampling:
             nodes = going
 
     def _tokens(self, logits, rows, requests, paths) -> list[int]:
-        output = self.sampler.after_paths(logits, self.live, rows, requests, paths, logprobs=False)
-        return output.sampled_token_ids[:, 0].tolist()
+        # logits processors have room for as many rows as an engine has requests
+        most = len(self.drafting.state.known)
+        if not any(request.processed for request in requests):
+            most = len(rows)
+        tokens: list[int] = []
+        for first in range(0, len(rows), most):
+            part = slice(first, first + most)
+            output = self.sampler.after_paths(
+                logits[part], self.live, rows[part], requests[part], paths[part], logprobs=False
+            )
+            tokens += output.sampled_token_ids[:, 0].tolist()
+        return tokens
 
     def _next_in_line(
         self,

@@ -15,9 +15,9 @@ from vllm_ouroboros.draft_sampling import DraftSampling
 from vllm_ouroboros.drafting import Drafting
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource
 from vllm_ouroboros.rounds import BRANCHES
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler
+from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
 
-from .fakes import ancestors, input_batch, node_paths, request_state
+from .fakes import ancestors, engine_config, input_batch, node_paths, request_state
 
 VOCAB = 12
 TEXT = [1, 2, 3]
@@ -131,7 +131,9 @@ def one(sampler, live, request, path, logits) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("changes", [{}, {"top_p": 0.8}, {"repetition_penalty": 1.4}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_p": 0.8}, {"repetition_penalty": 1.4}, {"min_p": 0.1, "min_tokens": 3}]
+)
 def test_drafting_by_noise(seed, changes) -> None:
     """The chain is what the draft model alone would sample with a copy of the request's noise; a
     branch is what that noise picks without those before it; what follows it has the next noise.
@@ -140,7 +142,9 @@ def test_drafting_by_noise(seed, changes) -> None:
     runner, state = runner_of(params)
     live = runner.input_batch.sampling_metadata
     request = Sampled.of(state, frozenset(), False, torch.device("cpu"))
-    sampler, model = TokenSampler(Sampler(), LogitsProcessors()), Model(seed)
+    config = engine_config(max_num_seqs=4)  # fewer than there are branches
+    processors = build_processors(config, torch.device("cpu"))
+    sampler, model = TokenSampler(Sampler(), processors), Model(seed)
 
     drafting, text = make_drafting(), np.array([TEXT], np.int32)
     drafting.pool.insert(3, [model(TEXT).argmax(), 1], PhraseSource.PROMPT)
