@@ -1,0 +1,71 @@
+"""Compile what the launchers launch for a GPU that is not there, and say what was compiled."""
+
+from __future__ import annotations
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    launch = JITFunction.run
+
+    def compile_only(self, *args, warmup=None, **kwargs):
+        kernel = launch(self, *args, warmup=True, **kwargs)
+        assert kernel.asm["cubin"]
+        print(self.__name__)
+        return kernel
+
+    JITFunction.run = compile_only
+
+    from vllm_ouroboros.kernels.kv_compact import kv_compact, kv_layers
+    from vllm_ouroboros.kernels.tree_accept import accept_trees, choose_tokens
+    from vllm_ouroboros.kernels.tree_attention import tree_attention
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    q = torch.zeros(8, 8, 128, dtype=torch.bfloat16)
+    new = torch.zeros(8, 2, 128, dtype=torch.bfloat16)
+    cache = torch.zeros(4, 2, 16, 2, 128, dtype=torch.bfloat16)
+    lengths = (ints(2, 64), ints(2), ints(3), ints(8, 1))
+    keys, values = cache.unbind(1)
+    launched = tree_attention(
+        q, new, new, keys, values, *lengths, 1.0, q, sliding_window=5, soft_cap=2.0
+    )
+    assert launched.config.num_splits > 1
+    q, new, keys, values = (t[..., :80] for t in (q, new, keys, values))
+    keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+    one = torch.ones(1)
+    tree_attention(q, new, new, keys, values, *lengths, 1.0, q, k_scale=one, v_scale=one)
+
+    logits, predicted = torch.zeros(8, 40000), torch.zeros(8, dtype=torch.int64)
+    rows = (ints(3), ints(8))
+    noise = torch.zeros(2, 3, 40000)
+    choose_tokens(logits, *rows, None, predicted)
+    choose_tokens(logits, *rows, torch.zeros(2), predicted, noise=noise)
+    seeds = torch.zeros(2, dtype=torch.int64)
+    choose_tokens(logits, *rows, torch.zeros(2), predicted, seeds=seeds, positions=ints(2))
+    outs = (ints(2, 4), ints(2), ints(2, 5))
+    accept_trees(ints(8), ints(8), ints(3), predicted, *outs, stops=ints(2, 3))
+    accept_trees(ints(8), ints(8), ints(3), predicted, *outs)
+    kv_compact(kv_layers([cache[:, 0]], [cache[:, 1]]), ints(2, 4), ints(2), ints(2, 4))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Kernels run on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+KERNELS = ("tree_attention", "tree_accept", "kv_compact")
+INTERPRET = not torch.cuda.is_available()
+
+if find_spec("triton") is None:
+    collect_ignore = [f"test_{name}.py" for name in KERNELS]
+elif INTERPRET:
+    # Triton decides when a function is decorated, its own library's included. vLLM may have
+    # imported it already: then import it anew (but for its extension, which loads only once).
+    stale = [f"vllm_ouroboros.kernels.{name}" for name in KERNELS]
+    for module in list(sys.modules):
+        own = module == "triton" or module.startswith("triton.")
+        if module in stale or (own and not module.startswith("triton._C")):
+            del sys.modules[module]
+    os.environ["TRITON_INTERPRET"] = "1"
+    import vllm_ouroboros.kernels.kv_compact
+    import vllm_ouroboros.kernels.tree_accept
+    import vllm_ouroboros.kernels.tree_attention  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]  # engines that other tests start do without it
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests' tensors live."""
+    return "cpu" if INTERPRET else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch) -> None:
+    """The interpreter's switch, for the time of a test."""
+    if INTERPRET:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
