@@ -8,7 +8,8 @@ leave early are among them. In the end the server must be healthy and idle, must
 and its memory must not have grown.
 
 Without --url it starts a server of its own with the shipped pair; KV memory is so small there that
-requests are preempted now and then. Vanilla's answers stay in references.jsonl under --out; a
+requests are preempted now and then. When it emits nothing for --timeout seconds it is ended, and
+its log has the stacks of its threads. Vanilla's answers stay in references.jsonl under --out; a
 vanilla server is started (or --vanilla-url asked) when some are missing. Failures go to
 failures.jsonl there, with the request and both answers; --only NUMBER... sends just these again.
 A server of --url without `--scheduling-policy priority` needs --without priority.
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -28,7 +28,7 @@ import httpx
 from soak_answers import Answer, References, ask
 from soak_checks import divergence, problems
 from soak_requests import Prompts, Request, last_request, random_request, reference_body
-from soak_servers import Memory, Server, idle, metrics
+from soak_servers import Guard, Memory, Server, idle, metrics
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,18 +96,24 @@ class Soak:
         """The soak itself and what is looked at besides."""
         pid = server.pid if server else self.args.pid
         memory = Memory(pid) if pid else None
-        watcher = asyncio.create_task(memory.watch()) if memory else None
+        guard = Guard(server, self.args.timeout) if server else None
+        watchers = [asyncio.create_task(one.watch()) for one in (memory, guard) if one]
         before, start = await metrics(url), time.monotonic()
 
         async def one(client: httpx.AsyncClient, request: Request) -> None:
-            self._check(request, await ask(client, url, request, self.args.timeout))
+            if server is None or server.alive:
+                self._check(request, await ask(client, url, request, self.args.timeout))
+            else:
+                self.counts["not_sent"] = self.counts.get("not_sent", 0) + 1
 
         await self._each(one, requests, "ouroboros")
         self.counts["seconds"] = round(time.monotonic() - start, 1)
-        if watcher and memory:
+        for watcher in watchers:
             watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+        await asyncio.gather(*watchers, return_exceptions=True)
+        if guard:
+            self._fail_if(guard.problems)
+        if memory:
             self.counts["memory_second_quarter_mb"] = round(memory.quarter(1), 1)
             self.counts["memory_last_quarter_mb"] = round(memory.quarter(3), 1)
             if len(requests) >= self.args.memory_from:

@@ -12,12 +12,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-START_SECONDS = 300
+START_SECONDS = 600
 COMMON = (
     "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512",
     "--max-num-seqs", "16", "--host", "127.0.0.1", "--disable-uvicorn-access-log",
@@ -50,11 +52,13 @@ class Server:
             *("--model", str(pair / "target"), "--port", str(port), *COMMON, *flags),
             *("--kv-cache-memory-bytes", str(KV_BYTES[name])),
         ]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+        env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it has the last word over the flag
         # not the repository's root, whose `kernels` shadows a package that transformers imports
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                cwd=folder, env=env,
             )  # fmt: skip
 
     @property
@@ -65,13 +69,17 @@ class Server:
         """Wait until it answers; raises when it has ended or takes too long."""
         async with httpx.AsyncClient(timeout=5) as client:
             for _ in range(2 * START_SECONDS):
-                if self.process.poll() is not None:
+                if not self.alive:
                     break
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get(f"{self.url}/health")).status_code == 200:
                         return
                 await asyncio.sleep(0.5)
         raise RuntimeError(f"the {self.name} server does not start:\n{self.tail()}")
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -94,16 +102,26 @@ class Server:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def resident(pid: int) -> int:
-    """Resident bytes of the process group of a process."""
-    group, total = os.getpgid(pid), 0
-    page = os.sysconf("SC_PAGE_SIZE")
+def _group(pid: int) -> Iterator[list[str]]:
+    """Fields of /proc/PID/stat, from the state on, of each process of a group."""
+    group = os.getpgid(pid)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):  # it may end while we read
-            # the name, in parentheses, may hold anything; then state, parent, group
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
-                total += int((folder / "statm").read_text().split()[1]) * page
-    return total
+            # the name, in parentheses, may hold anything
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                yield fields
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of the process group of a process."""
+    return sum(int(fields[21]) for fields in _group(pid)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of the process group of a process."""
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _group(pid))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -131,6 +149,32 @@ class Memory:
         if after > 1.05 * before + 20:
             return [f"memory grew from {before:.0f} to {after:.0f} MB"]
         return []
+
+
+@dataclass
+class Guard:
+    """Ends a server that emits nothing for too long; its log then has the stacks of all threads."""
+
+    server: Server
+    patience: float
+    problems: list[str] = field(default_factory=list)
+
+    async def watch(self) -> None:
+        seen, since, used = -1.0, 0.0, 0.0
+        while True:
+            with contextlib.suppress(httpx.HTTPError, ProcessLookupError):
+                emitted = (await metrics(self.server.url)).get("vllm:generation_tokens_total", 0.0)
+                if emitted != seen:
+                    seen, since, used = emitted, time.monotonic(), cpu_seconds(self.server.pid)
+                elif time.monotonic() - since > self.patience:
+                    used = cpu_seconds(self.server.pid) - used
+                    self.problems.append(
+                        f"the server emitted nothing for {self.patience:g} s, in which it had "
+                        f"{used:.0f} s of CPU: see the stacks in {self.server.log}"
+                    )
+                    os.killpg(self.server.pid, signal.SIGABRT)
+                    return
+            await asyncio.sleep(2)
 
 
 async def metrics(url: str) -> dict[str, float]:
