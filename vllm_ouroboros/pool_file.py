@@ -101,13 +101,14 @@ class PoolFile:
             self._warn(f"cannot be saved: {why} {folder}", "mend that or set another pool_path")
         return len(pool)
 
-    def save(self, pool: PhrasePool) -> bool:
+    def save(self, pool: PhrasePool, *, flush: bool = True) -> bool:
         """Write the shared phrases; returns whether the file now has them.
 
         A pool without any is not written: there is nothing to win and a warm file to lose.
+        `flush` waits until the disk has the new file before it takes the place of the old one.
         """
         self._wait()
-        return self._write(_snapshot(pool.arrays), _insertions(pool))
+        return self._write(_snapshot(pool.arrays), _insertions(pool), flush=flush)
 
     def due(self) -> bool:
         """Whether it is time for a periodic save."""
@@ -133,9 +134,13 @@ class PoolFile:
         return True
 
     def close(self, pool: PhrasePool) -> bool:
-        """Wait for a running write, then save what changed; returns whether that was written."""
+        """Wait for a running write, then save what changed; returns whether that was written.
+
+        Without a flush: vLLM kills an engine that takes longer than five seconds to end, and a
+        busy disk may take that long. The operating system completes the write.
+        """
         self._wait()
-        return _insertions(pool) != self._saved and self.save(pool)
+        return _insertions(pool) != self._saved and self.save(pool, flush=False)
 
     def _wait(self) -> None:
         if self._thread:
@@ -197,13 +202,15 @@ class PoolFile:
                 what = f"{found[key]!r:.80}, here it is {wanted[key]!r}"
                 raise _ForeignError(f"is for another {key.replace('_', ' ')} ({what})")
 
-    def _write(self, snapshot: tuple[np.ndarray, ...], insertions: int) -> bool:
+    def _write(
+        self, snapshot: tuple[np.ndarray, ...], insertions: int, *, flush: bool = True
+    ) -> bool:
         try:
             tensors = _compact(snapshot, self.vocab_size)
             if not tensors["keys"].size:
                 return False
             self._refuse_foreign()
-            self._replace(safetensors.numpy.save(tensors, self._metadata()))
+            self._replace(safetensors.numpy.save(tensors, self._metadata()), flush)
         except _ForeignError as error:
             self._warn(f"{error}: phrases are not saved, and the file stays as it is", _FIX)
             return False
@@ -220,7 +227,7 @@ class PoolFile:
             if _mark(self.path.stat()) != self._ours:
                 self._read()
 
-    def _replace(self, data: bytes) -> None:
+    def _replace(self, data: bytes, flush: bool) -> None:
         """Put a complete new file in the place of the old one.
 
         A writer locks its temporary file, so one that can be locked was left by a crash.
@@ -240,7 +247,8 @@ class PoolFile:
                     os.fchmod(temp.fileno(), stat.S_IMODE(self.path.stat().st_mode))
                 temp.write(data)
                 temp.flush()
-                os.fsync(temp.fileno())
+                if flush:
+                    os.fsync(temp.fileno())
                 self._refuse_foreign()  # again: it may have come meanwhile
                 Path(temp.name).replace(self.path)
                 self._ours = _mark(os.fstat(temp.fileno()))

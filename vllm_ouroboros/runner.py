@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.sample import logits_processor
 from vllm.v1.worker import cpu_worker
@@ -251,6 +252,7 @@ class OuroborosCPUWorker(CPUWorker):
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
         )
+        selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
         # The worker names its runner's class by a module global and has no hook for another one
         # (GPU workers have `_make_model_runner`): swapped for this call alone, in this process.
         original = cpu_worker.CPUModelRunner

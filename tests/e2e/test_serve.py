@@ -167,8 +167,8 @@ def test_a_client_that_leaves(server, texts, expected):
 
 def test_bad_request_leaves_the_server_up(server, texts, expected):
     answer = httpx.post(
-        f"{server}/v1/completions", json=body(texts[0], logit_bias={"5": 1.0}), timeout=60
+        f"{server}/v1/completions", json=body(texts[0], logit_bias={"99999": 1.0}), timeout=60
     )
     assert answer.status_code == 400
-    assert "speculative" in answer.text
+    assert "logit_bias" in answer.text
     assert stream(server, texts[4]) == expected[4]
