@@ -40,6 +40,7 @@ setup(
             "assets/**/*.md",
             "assets/**/*.safetensors",
         ],
+        "vllm_ouroboros.kernels": ["tuned.json"],
     },
     include_package_data=False,
     zip_safe=False,

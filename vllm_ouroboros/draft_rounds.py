@@ -15,7 +15,6 @@ from vllm_ouroboros.rounds import Round
 from vllm_ouroboros.sampler import greedy
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler
 from vllm_ouroboros.tree import step_mask
-from vllm_ouroboros.tree_step import TreeStep
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -55,6 +54,11 @@ class DraftRounds:
         self.draft, self.drafting, self.max_rows = draft, drafting, max_rows
         self.counters, self.clock = counters, clock
         self.sampler: TokenSampler | None = None  # the runner's, once there is one
+
+    @property
+    def widest(self) -> int:
+        """Most rows that a request has in a round."""
+        return self.drafting.rows_per_request + self.drafting.budget + MAX_KNOWN
 
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
@@ -123,8 +127,7 @@ class DraftRounds:
         able = state.known[slots] + drafting.budget < self.draft.max_len
         able &= state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
-        widest = drafting.rows_per_request + drafting.budget + MAX_KNOWN
-        most = max(1, self.max_rows // widest)
+        most = max(1, self.max_rows // self.widest)
         going, where = slots, rows
         while len(going):
             for first in range(0, len(going), most):
@@ -172,13 +175,12 @@ class DraftRounds:
     def _logits(self, runner, rows, out: Round, total: int, wanted: int) -> torch.Tensor:
         """Logits [M, vocab] of the first ``wanted`` of ``out.logits_rows``."""
         with self.clock.phase("plan"):
-            tree = TreeStep(
-                rows=torch.arange(total),
-                query_start_loc=out.query_start_loc.tolist(),
-                context_lens=out.context_lens.tolist(),
-                block_table=torch.empty(0),  # the draft model's own, see its forward
-                mask=torch.from_numpy(step_mask(out.parents, out.query_start_loc)),
-                num_rows=total,
+            tree = runner.tree_step(
+                np.arange(total),
+                out.query_start_loc[: len(rows) + 1],
+                out.context_lens[: len(rows)],
+                step_mask(out.parents, out.query_start_loc[: len(rows) + 1]),
+                total,
                 keep=False,
             )
         hidden = self._forward(

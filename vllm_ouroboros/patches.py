@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ouroboros.compat import SCHEDULER, WORKER, check_engine
+from vllm_ouroboros.compat import SCHEDULER, check_engine, worker
 from vllm_ouroboros.config import ConfigError, is_ours, is_selected
 
 
@@ -72,11 +72,11 @@ def _wrap_check(original: Any) -> Any:
 
     @functools.wraps(function)
     def check_and_update_config(cls, vllm_config) -> None:
-        if is_selected(vllm_config) and vllm_config.parallel_config.worker_cls != WORKER:
+        if is_selected(vllm_config) and vllm_config.parallel_config.worker_cls != worker():
             problems = check_engine(vllm_config)
             if problems:
                 raise ConfigError("; ".join(problems))
-            vllm_config.parallel_config.worker_cls = WORKER
+            vllm_config.parallel_config.worker_cls = worker()
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         function(cls, vllm_config)
 

@@ -305,8 +305,12 @@ class OuroborosProposer:
         with self.clock.phase("build"):
             self.drafting.build(slot_array, row_array, token_ids_cpu)
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            state = self.drafting.state
+            alike = len(slots) == len(drafts) and not state.narrow[slot_array].any()
+            alike = alike and bool((state.limit[slot_array] == self.budget).all())
+            wanted = runner.nodes_wanted(len(drafts)) if alike else 0
             for slot, row in zip(slots, rows, strict=True):
-                tree = self.drafting.tree(slot)
+                tree = self.drafting.tree(slot).padded(wanted)
                 self.requests[batch.req_ids[row]].tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts

@@ -1,4 +1,4 @@
-"""The model runner and worker: where trees enter vLLM's step and leave it again.
+"""The model runner: where trees enter vLLM's step and leave it again, on any platform.
 
 vLLM's step is kept whole. Four of its stages are extended: after the batch is updated, requests
 are made known to the proposer; after the inputs are prepared, tree nodes get their positions;
@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.v1.attention import selector
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.sample import logits_processor
-from vllm.v1.worker import cpu_worker
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ouroboros.proposer import OuroborosProposer
 from vllm_ouroboros.sampler import Verified, verify
 from vllm_ouroboros.token_sampler import TokenSampler, build_processors
 from vllm_ouroboros.tree import DraftTree, depths, step_mask
-from vllm_ouroboros.tree_step import TreeStep, attach
+from vllm_ouroboros.tree_step import AnyStep, attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +37,7 @@ class TreeBatch:
         rows: int64 [R], first sampled row of each request among the logits.
         starts: int64 [R], row of the root of each tree in the forward.
         branching: requests whose tree is no chain; their rows attend by mask.
-        steps: one `TreeStep` for each kind of attention metadata, once the metadata is built.
+        steps: one step for each kind of attention metadata, once the metadata is built.
     """
 
     def __init__(self, trees: list[DraftTree | None], drafted: np.ndarray, ends: np.ndarray):
@@ -49,7 +45,7 @@ class TreeBatch:
         self.rows = np.cumsum(drafted + 1) - (drafted + 1)
         self.starts = ends - (drafted + 1)
         self.branching = [r for r, t in enumerate(trees) if t is not None and not t.is_chain]
-        self.steps: list[TreeStep] = []
+        self.steps: list[AnyStep] = []
 
     @cached_property
     def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,8 +63,8 @@ class TreeBatch:
         return rows, parents.astype(np.int32), query_start_loc
 
 
-class OuroborosRunner(CPUModelRunner):
-    """vLLM's runner for the CPU, with tree verification."""
+class TreeRunner(GPUModelRunner):
+    """What vLLM's runner of any platform needs for tree verification."""
 
     drafter: OuroborosProposer
 
@@ -96,11 +92,6 @@ class OuroborosRunner(CPUModelRunner):
             super().__init__(vllm_config, *args, **kwargs)
         finally:
             model_config.logits_processors, logger.disabled = custom, False
-
-    def warming_up_model(self) -> None:
-        super().warming_up_model()
-        if self.compilation_config.mode:
-            self.drafter.warm_up(self.max_num_tokens)
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         super().initialize_kv_cache(*args, **kwargs)
@@ -152,10 +143,10 @@ class OuroborosRunner(CPUModelRunner):
                 depth = np.empty(len(rows), np.int64)
                 depths(parents, query_start_loc, depth)
                 roots = np.repeat(rows[query_start_loc[:-1]], np.diff(query_start_loc))
-                index = torch.from_numpy(rows)
-                self.positions[index] = self.positions[torch.from_numpy(roots)] + torch.from_numpy(
-                    depth
+                index, root, below = (
+                    torch.from_numpy(array).to(self.device) for array in (rows, roots, depth)
                 )
+                self.positions[index] = self.positions[root] + below
         return result
 
     def _build_attention_metadata(self, *args, **kwargs):
@@ -169,8 +160,8 @@ class OuroborosRunner(CPUModelRunner):
     def _attach_trees(self, trees: TreeBatch, metadata: dict[str, Any]) -> None:
         rows, parents, query_start_loc = trees.layout
         mask = step_mask(parents, query_start_loc)
-        computed = self.input_batch.num_computed_tokens_cpu
-        requests = torch.tensor(trees.branching)
+        requests = torch.tensor(trees.branching, device=self.device)
+        contexts = self.input_batch.num_computed_tokens_cpu[trees.branching]
         draft_layers = set(self.drafter.draft.layer_names) if self.drafter.draft else set()
         objects: dict[int, dict[str, Any]] = {}
         for name, built in metadata.items():
@@ -179,16 +170,36 @@ class OuroborosRunner(CPUModelRunner):
         trees.steps = []
         for layers in objects.values():
             built = next(iter(layers.values()))
-            step = TreeStep(
-                rows=torch.from_numpy(rows),
-                query_start_loc=query_start_loc.tolist(),
-                context_lens=[int(computed[r]) for r in trees.branching],
-                block_table=built.block_table[requests],
-                mask=torch.from_numpy(mask),
-                num_rows=built.num_actual_tokens,
-            )
+            step = self.tree_step(rows, query_start_loc, contexts, mask, built.num_actual_tokens)
+            step.block_table = built.block_table[requests]
             attach(layers, step)
             trees.steps.append(step)
+
+    def tree_step(
+        self,
+        rows: np.ndarray,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        mask: np.ndarray,
+        num_rows: int,
+        *,
+        keep: bool = True,
+    ) -> AnyStep:
+        """The trees of a forward as this platform's attention reads them; no block table yet.
+
+        Args:
+            rows: int64 [T], rows of the forward that belong to trees, request by request.
+            query_start_loc: int32 [R + 1], first tree row of each request.
+            context_lens: int32 [R], tokens in the KV cache before the step.
+            mask: int32 [T, words] of `step_mask`.
+            num_rows: rows of the whole forward.
+            keep: whether accepted rows will be moved.
+        """
+        raise NotImplementedError
+
+    def nodes_wanted(self, num_requests: int) -> int:
+        """Nodes to which the trees of a batch should be padded, for a graph of that shape."""
+        return 0
 
     def _model_forward(self, *args, **kwargs):
         self.drafter.counters.target_forwards += 1
@@ -241,52 +252,3 @@ class OuroborosRunner(CPUModelRunner):
 
     def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
         return common_attn_metadata is not None  # the limits are kept per request
-
-
-class OuroborosCPUWorker(CPUWorker):
-    """vLLM's CPU worker with our runner and attention backend."""
-
-    model_runner: OuroborosRunner
-
-    def init_device(self) -> None:
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
-        )
-        selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
-        # The worker names its runner's class by a module global and has no hook for another one
-        # (GPU workers have `_make_model_runner`): swapped for this call alone, in this process.
-        original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = OuroborosRunner
-        try:
-            super().init_device()
-        finally:
-            cpu_worker.CPUModelRunner = original
-
-    def shutdown(self) -> None:
-        """Save the phrase pool, then end as vLLM does."""
-        runner = getattr(self, "model_runner", None)  # absent if the start failed
-        if runner is not None:
-            runner.drafter.shut_down()
-        super().shutdown()
-
-    def ouroboros_stats(self) -> dict[str, int]:
-        """Counters; see `OuroborosProposer.stats`."""
-        return self.model_runner.drafter.stats()
-
-    def ouroboros_reset_pool(self) -> None:
-        """Forget all phrases."""
-        self.model_runner.drafter.drafting.pool.clear()
-
-    def ouroboros_trace(self, enabled: bool) -> None:
-        """Record for each emitted token who proposed it."""
-        self.model_runner.drafter.tracing = enabled
-
-    def ouroboros_origins(self) -> dict[str, list[int]]:
-        """`NodeSource` of each token of the requests that finished since the last call."""
-        drafter = self.model_runner.drafter
-        done, drafter.finished_origins = drafter.finished_origins, {}
-        return done
-
-    def ouroboros_step_times(self) -> list[dict[str, float]]:
-        """Host seconds by phase of the last steps; see `StepClock`."""
-        return list(self.model_runner.drafter.clock.history)

@@ -1,9 +1,9 @@
-"""The trees of one forward, as attention sees them: which rows, what each may see, what to keep."""
+"""The trees of one forward, for attention on the CPU: what each row may see, and what to keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -140,14 +140,23 @@ class TreeStep:
         return Bucket(flat, pages, bias, None if whole else valid, flat[valid])
 
 
+class AnyStep(Protocol):
+    """The trees of one forward, on any platform."""
+
+    block_table: torch.Tensor  # int32 [R, max_blocks]
+
+    def write(self, moves: torch.Tensor) -> None:
+        """Copy accepted rows to their canonical KV slots; see `TreeStep.write`."""
+
+
 @dataclass
 class TreeOnly:
     """Metadata of a forward whose rows all belong to trees: vLLM's kernel sees none of it."""
 
-    tree: TreeStep
+    tree: AnyStep
 
 
-def attach(attn_metadata: dict, tree: TreeStep) -> None:
+def attach(attn_metadata: dict, tree: AnyStep) -> None:
     """Give each distinct metadata object of a forward its tree, as the attribute ``tree``."""
     for metadata in {id(m): m for m in attn_metadata.values()}.values():
         metadata.tree = tree

@@ -124,4 +124,4 @@ def test_command_line(pair, flag):
         "ouroboros": {"draft_model": str(pair / "draft"), "draft_tokens": 5, "num_suffixes": 1},
         "other": 2,
     }
-    assert config.parallel_config.worker_cls == "vllm_ouroboros.runner.OuroborosCPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_ouroboros.cpu_worker.OuroborosCPUWorker"

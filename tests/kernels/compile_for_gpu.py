@@ -7,6 +7,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+SHARED = 227 * 1024  # bytes of shared memory that a block of an H100 can have
+
 
 class Driver:
     """What Triton asks of a driver before it compiles."""
@@ -28,6 +30,7 @@ def main() -> None:
     def compile_only(self, *args, warmup=None, **kwargs):
         kernel = launch(self, *args, warmup=True, **kwargs)
         assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED
         print(self.__name__)
         return kernel
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-KERNELS = ("tree_attention", "tree_accept", "kv_compact")
+HERE = Path(__file__).parent
+KERNELS = ("tree_attention", "tree_attention_device", "tree_accept", "kv_compact")
+PLAIN = ("test_reference.py", "test_tuned.py", "test_gpu_scripts.py")  # do without Triton
 INTERPRET = not torch.cuda.is_available()
 
 if find_spec("triton") is None:
-    collect_ignore = [f"test_{name}.py" for name in KERNELS]
+    collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name not in PLAIN]
 elif INTERPRET:
     # Triton decides when a function is decorated, its own library's included. vLLM may have
     # imported it already: then import it anew (but for its extension, which loads only once).
@@ -28,6 +31,9 @@ elif INTERPRET:
     import vllm_ouroboros.kernels.tree_attention  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]  # engines that other tests start do without it
+
+# Behind everything else: for `attention_cases`, which several test modules share.
+sys.path.append(str(HERE))
 
 
 @pytest.fixture(scope="session")

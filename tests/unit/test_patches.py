@@ -134,9 +134,9 @@ def test_other_engines_pass_untouched(platform, config) -> None:
 def test_our_engine_gets_our_worker_and_scheduler(platform) -> None:
     config = configuration()
     platform.cls.check_and_update_config(config)
-    assert config.parallel_config.worker_cls == compat.WORKER
+    assert config.parallel_config.worker_cls == compat.worker()
     assert config.scheduler_config.scheduler_cls == compat.SCHEDULER
-    assert platform.passed == [(platform.cls, config, compat.WORKER)]  # before vLLM's own check
+    assert platform.passed == [(platform.cls, config, compat.worker())]  # before vLLM's own check
     platform.problems = ["a draft's configuration is a copy of one that was checked"]
     platform.cls.check_and_update_config(config)
     assert platform.checked == 1
@@ -155,7 +155,7 @@ def test_worker_and_scheduler_exist() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    for name, base in ((compat.WORKER, CPUWorker), (compat.SCHEDULER, Scheduler)):
+    for name, base in ((compat.worker(), CPUWorker), (compat.SCHEDULER, Scheduler)):
         module, _, attribute = name.rpartition(".")
         found = getattr(__import__(module, fromlist=[attribute]), attribute)
         assert issubclass(found, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors
 
 from vllm_ouroboros import proposer as module
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.draft_rounds import MAX_KNOWN
 from vllm_ouroboros.proposer import OuroborosProposer
 from vllm_ouroboros.rounds import BRANCHES
@@ -171,7 +173,10 @@ class Table:
 
 
 def runner(**more) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cpu"), **more)
+    tree_step = partial(OuroborosCPURunner.tree_step, None)
+    return SimpleNamespace(
+        device=torch.device("cpu"), tree_step=tree_step, nodes_wanted=lambda _: 0, **more
+    )
 
 
 def bound(proposer: OuroborosProposer, processors=(), **more) -> OuroborosProposer:

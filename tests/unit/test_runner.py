@@ -15,7 +15,8 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.runner import OuroborosRunner, TreeBatch
+from vllm_ouroboros.cpu_worker import OuroborosCPURunner
+from vllm_ouroboros.runner import TreeBatch
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
 from vllm_ouroboros.tree import DraftTree
 
@@ -47,10 +48,10 @@ def test_layout_of_a_batch() -> None:
     assert starts.dtype == parents.dtype == np.int32
 
 
-def sampling_runner(*params: SamplingParams) -> OuroborosRunner:
+def sampling_runner(*params: SamplingParams) -> OuroborosCPURunner:
     """A runner with as much as sampling needs, and requests "r0", "r1" ..."""
     config = engine_config()
-    runner = OuroborosRunner.__new__(OuroborosRunner)
+    runner = OuroborosCPURunner.__new__(OuroborosCPURunner)
     runner.input_batch = input_batch(VOCAB, build_processors(config, CPU))
     runner.token_sampler = TokenSampler(Sampler(), build_processors(config, CPU))
     runner.drafter = SimpleNamespace(clock=StepClock(), requests={})
@@ -112,7 +113,7 @@ def test_requests_are_made_known_in_the_order_of_their_lives(monkeypatch) -> Non
         return "result"
 
     monkeypatch.setattr(CPUModelRunner, "_update_states", update)
-    runner = OuroborosRunner.__new__(OuroborosRunner)
+    runner = OuroborosCPURunner.__new__(OuroborosCPURunner)
     runner.requests, runner.input_batch = {}, SimpleNamespace(generators={})
     runner.drafter = SimpleNamespace(
         suspend=lambda *args: calls.append(("suspend", *args)),
@@ -149,7 +150,7 @@ def test_vllm_sets_up_without_custom_processors(monkeypatch, fails) -> None:
 
     monkeypatch.setattr(CPUModelRunner, "__init__", init)
     config = engine_config(processors=("one",))
-    runner = OuroborosRunner.__new__(OuroborosRunner)
+    runner = OuroborosCPURunner.__new__(OuroborosCPURunner)
     with pytest.raises(ValueError, match="no memory") if fails else nullcontext():
         runner._init_without_processors(config, CPU)
     assert seen == [(None, CPU)]

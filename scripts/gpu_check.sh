@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every check and benchmark that needs a GPU, within 8 minutes: kernels against their oracles,
+# whole engines against vanilla vLLM, tuning, speed of tree attention, compute-sanitizer.
+#   scripts/gpu_check.sh                    results in build/gpu: summary.json, log.txt, ...
+#   OUT=dir PYTHON=python3 scripts/gpu_check.sh
+# Needs torch with CUDA, Triton, pytest and hypothesis; what lacks a package is skipped and says so.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
+fi
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "gpu_check.sh: no CUDA device: torch of $PYTHON sees none" >&2
+    exit 2
+fi
+
+# The checkout as an installed package, whether or not (another copy of) it is installed.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+mkdir "$site/vllm_ouroboros"
+ln -s "$PWD"/vllm_ouroboros/* "$site/vllm_ouroboros/"
+ln -s "$PWD/kernels" "$site/vllm_ouroboros/kernels"
+"$PYTHON" setup.py -q egg_info --egg-base "$site" 2>/dev/null \
+    || echo "gpu_check.sh: no metadata of the package: vLLM will not load the plugin" >&2
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+
+timeout --kill-after=5 480 "$PYTHON" scripts/gpu_steps.py --out "${OUT:-build/gpu}" "$@"

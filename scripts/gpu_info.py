@@ -1,0 +1,51 @@
+"""Where GPU figures come from: hardware, versions, commit, command. Shared by the GPU scripts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from bench_forwards import commit, cpu_name, installed
+
+PACKAGES = ("vllm-ouroboros", "vllm", "torch", "triton", "flash-attn", "numba")
+
+
+def require_cuda() -> None:
+    """End with one line where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script}: no CUDA device: torch {torch.__version__} sees none")
+
+
+def origin() -> dict:
+    """What each row of a GPU benchmark carries."""
+    import torch
+
+    device = torch.cuda.get_device_properties(0)
+    try:
+        checkout = commit()
+    except OSError:  # no git here
+        checkout = "none"
+    return {
+        "gpu": device.name,
+        "gpu_memory_gib": round(device.total_memory / 2**30, 1),
+        "multiprocessors": device.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": {**installed(*PACKAGES), "python": platform.python_version()},
+        "commit": os.environ.get("COMMIT") or checkout,
+        "command": " ".join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """Name and message of an error, cut to a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,179 @@
+"""The CUDA path without a device: its runner, steps, graphs and kernels in an engine on the CPU.
+
+Kernels run in Triton's interpreter. Only what needs a device is replaced: vLLM's attention for
+rows without trees (by the oracle), and the capture of a graph (by calling the function again).
+Run as a program by `test_cuda_path.py`; prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import torch
+import triton  # noqa: F401  (before vLLM looks for it)
+import vllm.v1.worker.cpu.shm  # noqa: F401
+from llvmlite.binding import ffi
+from vllm import LLM, SamplingParams
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+import vllm_ouroboros
+from vllm_ouroboros import compat, draft_graphs
+from vllm_ouroboros.cpu_worker import OuroborosCPUWorker
+from vllm_ouroboros.cuda_attention import TreeRows, TreeTritonBuilder
+from vllm_ouroboros.cuda_step import StaticSteps
+from vllm_ouroboros.cuda_worker import OuroborosCUDARunner
+from vllm_ouroboros.draft_graphs import DraftGraphs
+from vllm_ouroboros.kernels.reference import tree_attention
+from vllm_ouroboros.tree import step_mask
+from vllm_ouroboros.worker import take_place_of
+
+CALLS = {"tree": 0, "static": 0, "replays": 0, "walks": 0}
+draft_graphs.SIZES, draft_graphs.MAX_ROWS = (32, 96), 96  # interpreted rows take long
+
+
+class PlainImpl(CPUAttentionBackendImpl):
+    """Attention by the oracle, over pages laid out as on CUDA devices."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.sliding_window = (self.sliding_window - 1 if self.sliding_window > 0 else -1, 0)
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        keys, values = self.split_cache(kv_cache)
+        real = slot_mapping >= 0
+        slots = slot_mapping[real]
+        page, place = slots // keys.shape[1], slots % keys.shape[1]
+        keys[page, place], values[page, place] = key[: len(real)][real], value[: len(real)][real]
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *_) -> torch.Tensor:
+        if metadata is None:
+            return output.fill_(0)
+        keys, values = self.split_cache(kv_cache)
+        starts = metadata.query_start_loc
+        lengths = starts.diff()
+        parents = torch.cat([torch.arange(-1, int(n) - 1) for n in lengths]).int().numpy()
+        rows = int(starts[-1])
+        tree_attention(
+            query[:rows], key[:rows], value[:rows], keys, values, metadata.block_table,
+            metadata.seq_lens - lengths, starts,
+            torch.from_numpy(step_mask(parents, starts.numpy())), self.scale,
+            output.view(-1, self.num_heads, self.head_size)[:rows],
+        )  # fmt: skip
+        return output
+
+
+class TreeImpl(TreeRows, PlainImpl):
+    """The class under test, over the oracle instead of vLLM's kernels."""
+
+    def _attend(self, *args) -> None:
+        CALLS["tree"] += 1
+        super()._attend(*args)
+
+
+class Backend(CPUAttentionBackend):
+    """Takes the place of ``CPU_ATTN``."""
+
+    @staticmethod
+    def get_impl_cls():
+        return TreeImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return TreeTritonBuilder
+
+
+def capture(forward):
+    """A "graph" that calls the function again."""
+    result = forward()
+
+    def replay() -> None:
+        CALLS["replays"] += 1
+        result.copy_(forward())
+
+    return replay, result
+
+
+class Runner(OuroborosCUDARunner, CPUModelRunner):
+    """The CUDA runner on vLLM's runner for the CPU."""
+
+    def initialize_kv_cache(self, *args, **kwargs) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        if draft := self.drafter.draft:
+            table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
+            static = StaticSteps(
+                self.device,
+                self.max_num_reqs,
+                draft_graphs.MAX_ROWS,
+                self.drafter.rounds.widest,
+                draft.max_len,
+            )
+            draft.graphs = DraftGraphs(static, table.shape[1], draft.masked, capture)
+
+    def execute_model(self, *args, **kwargs):
+        draft = self.drafter.draft
+        if draft is not None and not draft.graphs.graphs:
+            draft.graphs.capture()
+        return super().execute_model(*args, **kwargs)
+
+    def _build_attention_metadata(self, *args, **kwargs):
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        width = self.uniform_decode_query_len
+        if kwargs["num_tokens"] == width * kwargs["num_reqs"] and kwargs["max_query_len"] == width:
+            CALLS["static"] += 1
+            self._attach_static(metadata, kwargs["num_reqs"])
+        return metadata, common
+
+    def _sample(self, *args):
+        CALLS["walks"] += self.trees is not None and any(self.trees.trees)
+        return super()._sample(*args)
+
+
+class Worker(OuroborosCPUWorker):
+    """The CPU worker with that runner."""
+
+    def init_device(self) -> None:
+        take_place_of(AttentionBackendEnum.CPU_ATTN, f"{__name__}.Backend")
+        original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, Runner
+        try:
+            super(OuroborosCPUWorker, self).init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original
+
+
+def spare_llvmlite() -> None:
+    """Let vLLM look through all modules for kernels with numba loaded: `vars` of llvmlite's library
+    must not be one of its functions.
+    """
+    wrapper = type(ffi.lib)
+    look_up = wrapper.__getattr__
+
+    def getattr_(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    wrapper.__getattr__ = getattr_
+
+
+def main() -> None:
+    """Read {engine, prompts, params} from stdin; print tokens, stats and what was called."""
+    job = json.load(sys.stdin)
+    spare_llvmlite()
+    sys.modules["interpreted"] = sys.modules["__main__"]
+    compat.WORKERS["cpu"] = f"{__name__}.Worker"
+    llm = LLM(**job["engine"])
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    params = [SamplingParams(**one) for one in job["params"]]
+    tokens = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
+    print(json.dumps({"tokens": tokens, "stats": vllm_ouroboros.stats(llm), "calls": CALLS}))
+
+
+if __name__ == "__main__":
+    main()

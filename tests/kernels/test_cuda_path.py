@@ -1,0 +1,308 @@
+"""The CUDA path around the kernels: attention, steps, graphs, acceptance, and the runner's part.
+
+On a machine without a device, everything runs on the CPU, kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_ouroboros import compat, cuda_attention, cuda_worker
+from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.cuda_accept import walk_on_device
+from vllm_ouroboros.cuda_attention import TreeRows, layer_tables
+from vllm_ouroboros.cuda_step import CudaTreeStep, StaticSteps, to_device
+from vllm_ouroboros.draft_graphs import SIZES, DraftGraphs
+from vllm_ouroboros.kernels.reference import tree_attention
+from vllm_ouroboros.sampler import _plain_path, greedy
+from vllm_ouroboros.tree import DraftTree, NodeSource, step_mask
+
+HEADS, KV_HEADS, DIM, PAGE, BLOCKS = 4, 2, 16, 16, 8
+SLOW = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class Native:
+    """In the place of vLLM's implementation: marks the rows that it attends."""
+
+    def __init__(self, kv_cache_dtype="auto", window=None, cap=0.0, **lacking) -> None:
+        self.num_heads, self.head_size, self.scale = HEADS, DIM, DIM**-0.5
+        self.kv_cache_dtype, self.logits_soft_cap = kv_cache_dtype, cap
+        self.sliding_window = (-1, -1) if window is None else (window - 1, 0)
+        self.alibi_slopes = lacking.get("alibi")
+        self.sinks, self.attn_type = lacking.get("sinks"), lacking.get("kind", "decoder")
+        self.native_rows = 0
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *_):
+        self.native_rows = len(query)
+        return output.fill_(7.0)
+
+
+class Impl(TreeRows, Native):
+    """The class under test."""
+
+
+def random_trees(sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row parents int32 [T] and query_start_loc int32 [R + 1] of random trees."""
+    rng = np.random.default_rng(seed)
+    parents = [[-1] + [int(rng.integers(0, i)) for i in range(1, n)] for n in sizes]
+    return np.concatenate(parents).astype(np.int32), np.cumsum([0, *sizes]).astype(np.int32)
+
+
+def cache(kind=torch.float32, heads_first=False) -> torch.Tensor:
+    """A layer's KV cache as vLLM hands it over: [num_blocks, Hkv, page, 2 * D]."""
+    content = torch.randn(BLOCKS, PAGE, KV_HEADS, 2 * DIM).transpose(1, 2)
+    content = content.contiguous() if heads_first else content
+    return content.to(kind).view(torch.uint8) if kind.itemsize == 1 else content.to(kind)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("window, cap", [(None, 0.0), (6, 0.0), (None, 5.0)])
+@pytest.mark.parametrize("prefill", [0, 5])
+@pytest.mark.parametrize("kind", ["auto", "fp8"])
+def test_tree_rows_attend_as_the_oracle_says(
+    kind, prefill, window, cap, heads_first, device
+) -> None:
+    """Beside a prompt (whose rows are vLLM's) or alone, and in front of a graph's padding."""
+    torch.manual_seed(0)
+    quantised = kind == "fp8"
+    parents, starts = random_trees([4, 7, 1], 1)
+    contexts = np.array([20, 3, 0], np.int32)
+    total, padding = int(starts[-1]), 3
+    impl = Impl(kind, window, cap)
+    assert impl.supports_quant_query_input is False
+    kv = cache(torch.float8_e4m3fn if quantised else torch.float32, heads_first).to(device)
+    table = torch.tensor([[1, 2, 0], [3, 4, 0], [5, 6, 0]], dtype=torch.int32, device=device)
+    q = torch.randn(prefill + total + padding, HEADS, DIM, device=device)
+    k, v = (torch.randn(len(q), KV_HEADS, DIM, device=device) for _ in range(2))
+    slots = torch.cat([
+        table[r].long().repeat_interleave(PAGE)[context : context + n] * PAGE
+        + (torch.arange(context, context + n, device=device) % PAGE)
+        for r, (context, n) in enumerate(zip(contexts.tolist(), np.diff(starts), strict=True))
+    ])  # fmt: skip
+    slots = torch.cat([slots.new_full((prefill,), -1), slots, slots.new_full((padding,), -1)])
+    keys, values = impl.split_cache(kv)
+    scale = torch.tensor(0.5 if quantised else 1.0, device=device)
+    if quantised:  # what a later step will read
+        page, place = slots[slots >= 0] // PAGE, slots[slots >= 0] % PAGE
+        own = slice(prefill, prefill + total)
+        keys[page, place] = (k[own] / scale).to(keys.dtype)
+        values[page, place] = (v[own] / scale).to(keys.dtype)
+        k[own], v[own] = keys[page, place].float() * scale, values[page, place].float() * scale
+    rows = np.arange(prefill, prefill + total)
+    mask = step_mask(parents, starts)
+    step = CudaTreeStep.of(
+        torch.device(device), rows if prefill else None, starts, contexts, table, mask
+    )
+    metadata = SimpleNamespace(tree=step, slot_mapping=slots)
+    layer = SimpleNamespace(_k_scale=scale, _v_scale=scale)
+    out = torch.zeros(len(q), HEADS * DIM, device=device)
+    impl.forward(layer, q, k, v, kv, metadata, out)
+    assert impl.native_rows == (len(q) if prefill else 0)
+
+    wanted = torch.zeros(total, HEADS, DIM)
+    own = slice(prefill, prefill + total)
+    old = [(t.float() * scale).cpu() for t in (keys, values)]
+    tree_attention(
+        q[own].cpu(), k[own].cpu(), v[own].cpu(), *old, table.cpu(), torch.from_numpy(contexts),
+        torch.from_numpy(starts), torch.from_numpy(mask), DIM**-0.5, wanted,
+        soft_cap=cap, sliding_window=window,
+    )  # fmt: skip
+    torch.testing.assert_close(out[own].view(wanted.shape).cpu(), wanted, rtol=1e-4, atol=1e-4)
+    assert (out[:prefill] == 7).all()
+
+
+def test_rows_without_a_tree_are_vllms() -> None:
+    impl, out = Impl(), torch.zeros(3, HEADS * DIM)
+    q = torch.zeros(3, HEADS, DIM)
+    for metadata in (None, SimpleNamespace()):  # a profile run, and a step without trees
+        out.zero_()
+        impl.forward(None, q, q, q, None, metadata, out)
+        assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    "lacking, word",
+    [
+        ({"alibi": [1.0]}, "ALiBi"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"kind": "encoder"}, "decoder's"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
+    ],
+)
+def test_what_trees_cannot_attend_is_refused(lacking, word) -> None:
+    with pytest.raises(ConfigError, match=word):
+        Impl(**lacking)
+
+
+def test_the_worker_is_the_one_that_engines_are_told() -> None:
+    name = f"{cuda_worker.__name__}.{cuda_worker.OuroborosCUDAWorker.__name__}"
+    assert compat.WORKERS["cuda"] == name
+
+
+def test_backends_take_vllms_place() -> None:
+    for name in ("Triton", "Flash"):
+        backend = getattr(cuda_attention, f"Tree{name}Backend")
+        assert issubclass(backend.get_impl_cls(), TreeRows)
+        support = backend.get_builder_cls().get_cudagraph_support(None, None)
+        assert support == AttentionCGSupport.UNIFORM_BATCH
+        assert backend.get_name() in ("TRITON_ATTN", "FLASH_ATTN")
+
+
+@SLOW
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(2, 9), min_size=1, max_size=3))
+def test_accepted_rows_move_to_their_slots(seed, sizes, device) -> None:
+    """In layers of two geometries; the order of moves must not matter."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    _, starts = random_trees(sizes, seed)
+    contexts = rng.integers(0, 12, len(sizes)).astype(np.int32)
+    table = torch.from_numpy(rng.permutation(BLOCKS)[: 2 * len(sizes)].astype(np.int32))
+    table = table.view(len(sizes), 2).to(device)
+    impl = Impl()
+    caches = [cache().to(device), cache(heads_first=True).to(device), cache().to(device)]
+    before = [c.clone() for c in caches]
+    step = CudaTreeStep.of(
+        torch.device(device), None, starts, contexts, table,
+        np.zeros((int(starts[-1]), 1), np.int32),
+    )  # fmt: skip
+    step.layers = layer_tables([SimpleNamespace(impl=impl, kv_cache=c) for c in caches])
+    assert len(step.layers) == 2
+    moves, places = [], []
+    for r, size in enumerate(sizes):
+        rows = np.sort(rng.choice(np.arange(1, size), rng.integers(0, size), replace=False))
+        for depth, row in enumerate(rows.tolist()):
+            position = int(contexts[r]) + 1 + depth
+            places.append((r, int(contexts[r]) + row, position))
+            if row != depth + 1:
+                moves.append((r, int(starts[r]) + row, position))
+    if moves:
+        step.write(torch.tensor(rng.permutation(moves)))
+    blocks = table.cpu()
+    for new, old in zip(caches, before, strict=True):
+        wanted = old.clone()
+        for r, source, target in places:
+            wanted[blocks[r, target // PAGE], :, target % PAGE] = old[
+                blocks[r, source // PAGE], :, source % PAGE
+            ]
+        assert torch.equal(new, wanted)
+
+
+def test_static_buffers_hold_any_smaller_batch(device) -> None:
+    static = StaticSteps(torch.device(device), 4, 40, 40, 64)
+    parents, starts = random_trees([35, 3], 0)
+    mask, contexts = step_mask(parents, starts), np.array([5, 6], np.int32)
+    static.mask.fill_(-1)
+    step = CudaTreeStep.of(torch.device(device), None, starts, contexts, torch.zeros(2, 1), mask)
+    for fill in (lambda: static.fill(starts, contexts, mask), lambda: static.copy(step)):
+        fill()
+        graph = static.step(4, 40, torch.zeros(4, 1))
+        assert graph.query_start_loc.tolist() == [0, 35, 38, 38, 38]
+        assert graph.context_lens[:2].tolist() == [5, 6]
+        assert graph.mask[:38].tolist() == mask.tolist()
+        assert graph.num_rows == 40
+    narrow = step_mask(*random_trees([3, 2], 0))
+    static.fill(np.array([0, 3, 5], np.int32), contexts, narrow)
+    assert static.mask[:5].tolist() == [[*row, 0] for row in narrow.tolist()]
+
+
+def test_host_arrays_travel_together(device) -> None:
+    one, two = np.arange(6, dtype=np.int64).reshape(2, 3), np.array([9], np.int32)
+    got = to_device(torch.device(device), one, two)
+    assert [t.tolist() for t in got] == [[[0, 1, 2], [3, 4, 5]], [9]]
+    assert {t.dtype for t in got} == {torch.int32}
+
+
+@SLOW
+@given(
+    sizes=st.lists(st.integers(0, 8), min_size=1, max_size=4),
+    vocab=st.integers(2, 5),
+    seed=st.integers(0, 1000),
+)
+def test_the_device_walks_as_the_host_does(sizes, vocab, seed, device) -> None:
+    """Trees, requests without one, tokens that end a text; few tokens, so that walks go far."""
+    rng = np.random.default_rng(seed)
+    trees: list[DraftTree | None] = []
+    for n in sizes:
+        parents = np.array([rng.integers(-1, i) if i else -1 for i in range(n)], np.int32)
+        tokens = rng.integers(0, vocab, n).astype(np.int32)
+        trees.append(DraftTree(tokens, parents, np.ones(n, np.int32)) if n else None)
+    rows = np.cumsum([0] + [n + 1 for n in sizes])
+    logits = torch.from_numpy(rng.standard_normal((rows[-1], vocab)).astype(np.float32))
+    stops = [frozenset(rng.choice(vocab, rng.integers(0, 2)).tolist()) for _ in sizes]
+    walked = walk_on_device(logits.to(device), rows[:-1], trees, stops)
+    found = walked.to_host(rows[:-1], trees)
+    predicted = greedy(logits)
+    for r, tree in enumerate(trees):
+        own = predicted[rows[r] : rows[r + 1]]
+        path = np.empty(0, np.int32) if tree is None else _plain_path(tree, own, stops[r])
+        emitted = [*([] if tree is None else tree.tokens[path].tolist())]
+        emitted.append(int(own[path[-1] + 1 if len(path) else 0]))
+        assert [t for t in walked.tokens[r].tolist() if t >= 0] == emitted
+        assert (found[r] is None) == (tree is None)
+        if found[r] is not None:
+            assert found[r].path.tolist() == path.tolist()
+            assert found[r].predicted.tolist() == own.tolist()
+            assert found[r].path.dtype == np.int32
+
+
+def test_graphs_of_draft_forwards(device) -> None:
+    """The smallest graph that has room, with the step in its buffers and padding behind it."""
+    seen = []
+
+    def forward(step, tokens, positions, slots):
+        seen.append((len(tokens), slots.tolist(), step.query_start_loc.tolist()))
+        return tokens[:, None] + 1000.0 * positions[:, None]
+
+    def capture(function):
+        result = function()
+
+        def replay() -> None:
+            result.copy_(function())
+
+        return replay, result
+
+    static = StaticSteps(torch.device(device), 3, SIZES[-1], 70, 64)
+    graphs = DraftGraphs(static, 2, forward, capture)
+    graphs.capture()
+    assert sorted(size for size, *_ in seen) == sorted(SIZES)
+    for sizes in ([20, 14], [3], [30, 30, 30]):
+        parents, starts = random_trees(sizes, 0)
+        total = int(starts[-1])
+        step = CudaTreeStep.of(
+            torch.device(device), None, starts, np.array(sizes, np.int32),
+            torch.ones(len(sizes), 2, dtype=torch.int32, device=device), step_mask(parents, starts),
+        )  # fmt: skip
+        assert graphs.fits(step)
+        places = torch.arange(total, device=device)
+        got = graphs.replay(step, places.int(), places + 1, places + 5)
+        assert got[:, 0].tolist() == [i + 1000.0 * (i + 1) for i in range(total)]
+        size, slots, query_start_loc = seen[-1]
+        assert size == min(s for s in SIZES if s >= total)
+        assert slots == [*range(5, 5 + total)] + [-1] * (size - total)
+        assert query_start_loc == [*starts.tolist()] + [total] * (3 - len(sizes))
+        assert graphs.block_table[: len(sizes)].eq(1).all()
+    parents, starts = random_trees([71], 0)
+    wide = CudaTreeStep.of(
+        torch.device(device), None, starts, np.array([1], np.int32), torch.ones(1, 2),
+        np.zeros((71, 4), np.int32),
+    )  # fmt: skip
+    assert not graphs.fits(wide)
+
+
+def test_padding_is_never_the_walks_choice() -> None:
+    tree = DraftTree.chain([4, 5]).padded(5)
+    assert tree.tokens.tolist() == [4, 5, 4, 4, 4]
+    assert tree.parents.tolist() == [-1, 0, -1, -1, -1]
+    assert tree.sources[2:].tolist() == [NodeSource.PADDING] * 3
+    assert _plain_path(tree, np.array([4, 5, 9, 9, 9, 9]), frozenset()).tolist() == [0, 1]
+    assert DraftTree.chain([]).padded(2).tokens.tolist() == [0, 0]
+    assert DraftTree.chain([1, 2]).padded(1).tokens.tolist() == [1, 2]

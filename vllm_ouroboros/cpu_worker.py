@@ -1,0 +1,52 @@
+"""vLLM's runner and worker for the CPU, with trees."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ouroboros.runner import TreeRunner
+from vllm_ouroboros.tree_step import TreeStep
+from vllm_ouroboros.worker import OuroborosCalls, take_place_of
+
+
+class OuroborosCPURunner(TreeRunner, CPUModelRunner):
+    """vLLM's runner for the CPU, with tree verification."""
+
+    def warming_up_model(self) -> None:
+        super().warming_up_model()
+        if self.compilation_config.mode:
+            self.drafter.warm_up(self.max_num_tokens)
+
+    def tree_step(
+        self, rows, query_start_loc, context_lens, mask, num_rows, *, keep=True
+    ) -> TreeStep:
+        return TreeStep(
+            rows=torch.from_numpy(rows),
+            query_start_loc=query_start_loc.tolist(),
+            context_lens=context_lens.tolist(),
+            block_table=torch.empty(0),
+            mask=torch.from_numpy(mask),
+            num_rows=num_rows,
+            keep=keep,
+        )
+
+
+class OuroborosCPUWorker(OuroborosCalls, CPUWorker):
+    """vLLM's CPU worker with our runner and attention backend."""
+
+    def init_device(self) -> None:
+        take_place_of(
+            AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
+        )
+        # The worker names its runner's class by a module global and has no hook for another one
+        # (GPU workers have `_make_model_runner`): swapped for this call alone, in this process.
+        original = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = OuroborosCPURunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original

@@ -1,0 +1,187 @@
+"""Tree attention on CUDA devices: vLLM's backends, with tree rows in our Triton kernel.
+
+Rows of a request that branches attend by mask, in `kernels.tree_attention`. Everything else
+(prefill, plain decode, chains) stays with the backend that vLLM chose. A forward's tree travels as
+`CudaTreeStep` on the attention metadata; a forward of trees alone calls our kernel only.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.cuda_step import CudaTreeStep
+from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_layers
+from vllm_ouroboros.kernels.tree_attention import tree_attention
+
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+"""Types of a quantised KV cache that the kernel reads, by vLLM's name."""
+
+
+class TreeRows:
+    """Mixed into an attention implementation of vLLM: attends the rows of trees."""
+
+    num_heads: int
+    head_size: int
+    scale: float
+    logits_soft_cap: float | None
+    sliding_window: tuple[int, int]
+    kv_cache_dtype: str
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # queries stay as they are: the kernel multiplies them with keys of any type
+        self.supports_quant_query_input = False
+        lacking = (
+            ("ALiBi", self.alibi_slopes is not None),  # type: ignore[attr-defined]
+            ("attention sinks", self.sinks is not None),  # type: ignore[attr-defined]
+            ("another kind of attention than a decoder's",
+             self.attn_type != "decoder"),  # type: ignore[attr-defined]
+            (f"KV cache type {self.kv_cache_dtype!r}",
+             self.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FP8)),
+        )  # fmt: skip
+        for what, found in lacking:
+            if found:
+                raise ConfigError(f"this model uses {what}, which tree attention cannot do yet")
+
+    def forward(
+        self,
+        layer,
+        query,
+        key,
+        value,
+        kv_cache,
+        attn_metadata,
+        output,
+        output_scale=None,
+        output_block_scale=None,
+    ):
+        """See `AttentionImpl.forward`; shapes as there."""
+        tree: CudaTreeStep | None = getattr(attn_metadata, "tree", None)
+        if tree is None or tree.rows is not None:
+            super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+        if tree is not None:
+            self._attend(tree, layer, query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def _attend(self, tree, layer, query, key, value, kv_cache, attn_metadata, output) -> None:
+        """Attention of the tree rows, into ``output``."""
+        keys, values = self.split_cache(kv_cache)
+        shape = (-1, self.num_heads, self.head_size)
+        if tree.rows is None:
+            query, key, value = (t[: tree.num_rows] for t in (query, key, value))
+            out = output.view(shape)[: tree.num_rows]
+        else:
+            query, key, value = (t.index_select(0, tree.rows) for t in (query, key, value))
+            out = torch.empty_like(query)
+        k_scale = v_scale = None
+        if keys.dtype in FP8.values():
+            k_scale, v_scale = layer._k_scale, layer._v_scale
+            slots = getattr(attn_metadata, "slot_mapping", None)
+            if slots is not None:  # the target: rows see each other as a later step will see them
+                slots = slots[: tree.num_rows] if tree.rows is None else slots[tree.rows]
+                slots = slots.clamp(min=0)
+                page, place = slots // keys.shape[1], slots % keys.shape[1]
+                key, value = keys[page, place], values[page, place]
+        window = self.sliding_window[0]
+        tree_attention(
+            query, key, value, keys, values, tree.block_table, tree.context_lens,
+            tree.query_start_loc, tree.mask, self.scale, out,
+            soft_cap=self.logits_soft_cap or 0.0,
+            sliding_window=window + 1 if window >= 0 else None,
+            k_scale=k_scale, v_scale=v_scale, depths=tree.depths() if window >= 0 else None,
+            max_query_len=tree.max_query_len, max_context_len=tree.max_context_len,
+        )  # fmt: skip
+        if tree.rows is not None:
+            output.view(shape).index_copy_(0, tree.rows, out)
+
+    def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num_blocks, block_size, Hkv, D], views of a layer's cache.
+
+        Args:
+            kv_cache: [num_blocks, Hkv, block_size, 2 * D], of any strides.
+        """
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if (kind := FP8.get(self.kv_cache_dtype)) is not None:
+            keys, values = keys.view(kind), values.view(kind)
+        return keys, values
+
+
+class TreeTritonImpl(TreeRows, TritonAttentionImpl):
+    """vLLM's Triton attention, tree rows included."""
+
+
+class TreeFlashImpl(TreeRows, FlashAttentionImpl):
+    """FlashAttention, tree rows included."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.kv_cache_dtype in FP8:
+            raise ConfigError(
+                f"kv_cache_dtype = {self.kv_cache_dtype!r} with attention backend FLASH_ATTN is "
+                "not supported with Ouroboros yet: use --attention-backend TRITON_ATTN"
+            )
+
+
+class TreeTritonBuilder(TritonAttentionMetadataBuilder):
+    """Full CUDA graphs for uniform batches of trees; see `CUDARunner`."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+
+class TreeFlashBuilder(FlashAttentionMetadataBuilder):
+    """The same for FlashAttention."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+
+class TreeTritonBackend(TritonAttentionBackend):
+    """Takes the place of ``TRITON_ATTN`` in an engine that selected Ouroboros."""
+
+    @staticmethod
+    def get_impl_cls():
+        return TreeTritonImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return TreeTritonBuilder
+
+
+class TreeFlashBackend(FlashAttentionBackend):
+    """Takes the place of ``FLASH_ATTN`` in an engine that selected Ouroboros."""
+
+    @staticmethod
+    def get_impl_cls():
+        return TreeFlashImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return TreeFlashBuilder
+
+
+def layer_tables(layers: list) -> list[KVLayers]:
+    """Where the KV of attention layers lies, one table for each geometry.
+
+    Args:
+        layers: vLLM's `Attention` modules, with their cache bound.
+    """
+    groups: dict[tuple, list] = {}
+    for layer in layers:
+        keys, values = layer.impl.split_cache(layer.kv_cache)
+        key = (keys.shape, keys.stride(), keys.dtype, keys.device)
+        groups.setdefault(key, []).append((keys, values))
+    return [kv_layers(*zip(*pairs, strict=True)) for pairs in groups.values()]

@@ -1,0 +1,157 @@
+"""The trees of one forward on a CUDA device: what the Triton kernel reads, and KV to move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_compact
+from vllm_ouroboros.kernels.tree_attention import count_depths
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Tensors of int32 arrays on a device, by one copy that the host does not wait for."""
+    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.int32, copy=False)
+    packed = torch.from_numpy(flat)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    packed = packed.to(device, non_blocking=True)
+    parts = packed.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+@dataclass
+class CudaTreeStep:
+    """The trees of one forward: T tree rows of R requests.
+
+    Attributes:
+        rows: int64 [T], rows of the forward that belong to trees, request by request; None: the
+            forward begins with them, and has no others.
+        query_start_loc: int32 [R + 1], first tree row of each request.
+        context_lens: int32 [R], tokens of each request in the KV cache before the step.
+        block_table: int32 [R, max_blocks].
+        mask: int32 [T, words], see `kernels.reference.tree_attention`.
+        max_query_len: most rows of a request, or a bound.
+        max_context_len: most committed tokens of a request, or a bound.
+        layers: where the KV of the step's layers lies, one table for each geometry.
+    """
+
+    rows: torch.Tensor | None
+    query_start_loc: torch.Tensor
+    context_lens: torch.Tensor
+    block_table: torch.Tensor
+    mask: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+    layers: list[KVLayers] = field(default_factory=list)
+    _depths: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        rows: np.ndarray | None,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        block_table: torch.Tensor,
+        mask: np.ndarray,
+    ) -> CudaTreeStep:
+        """A step of host arrays; ``block_table`` is on the device already."""
+        arrays = [query_start_loc, context_lens, mask] + ([] if rows is None else [rows])
+        starts, contexts, masks, *places = to_device(device, *arrays)
+        return cls(
+            places[0].long() if places else None, starts, contexts, block_table, masks,
+            int(np.diff(query_start_loc).max()), int(context_lens.max()),
+        )  # fmt: skip
+
+    @property
+    def num_rows(self) -> int:
+        """T, padding of a graph's shape included."""
+        return self.mask.shape[0]
+
+    def depths(self) -> torch.Tensor:
+        """Depth int32 [T] of each row, counted once a forward."""
+        if self._depths is None:
+            self._depths = count_depths(self.mask, self.query_start_loc)
+        return self._depths
+
+    def write(self, moves: torch.Tensor) -> None:
+        """Copy accepted rows to their canonical KV slots, in every layer.
+
+        Args:
+            moves: int64 [M, 3] of (request of this step, tree row, position in the text).
+        """
+        requests, rows, positions = moves.unbind(1)
+        starts, contexts = self.query_start_loc.cpu().long(), self.context_lens.cpu().long()
+        depth = positions - contexts[requests] - 1
+        path = np.full((len(contexts), int(depth.max()) + 1), -1, np.int32)
+        path[requests, depth] = rows - starts[requests]
+        self.compact(to_device(self.mask.device, path)[0])
+
+    def compact(self, path: torch.Tensor) -> None:
+        """The same for paths that are on the device: int32 [R, max_depth], padded with -1."""
+        for layers in self.layers:
+            kv_compact(layers, path, self.context_lens, self.block_table)
+
+
+class StaticSteps:
+    """Buffers that a captured graph reads: filled anew before each replay.
+
+    Args:
+        device: where they lie.
+        max_requests: most requests of a forward.
+        max_rows: most rows of a forward.
+        max_query_len: most rows of a request.
+        max_context_len: most committed tokens of a request.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_requests: int,
+        max_rows: int,
+        max_query_len: int,
+        max_context_len: int,
+    ) -> None:
+        words = -(-max_query_len // 32)
+        self.mask = torch.zeros(max_rows, words, dtype=torch.int32, device=device)
+        self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
+        self.context_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        self.max_query_len, self.max_context_len = max_query_len, max_context_len
+
+    def step(self, num_requests: int, num_rows: int, block_table: torch.Tensor) -> CudaTreeStep:
+        """The step of a graph for R requests and T rows; ``block_table`` must be persistent."""
+        return CudaTreeStep(
+            None, self.query_start_loc[: num_requests + 1], self.context_lens[:num_requests],
+            block_table, self.mask[:num_rows], self.max_query_len, self.max_context_len,
+        )  # fmt: skip
+
+    def fill(self, query_start_loc: np.ndarray, context_lens: np.ndarray, mask: np.ndarray) -> None:
+        """Write a batch of fewer requests and rows than a graph has: the others get no rows.
+
+        Args:
+            query_start_loc: int32 [R + 1].
+            context_lens: int32 [R].
+            mask: int32 [T, words], of as many words as it needs.
+        """
+        starts = np.full(len(self.query_start_loc), query_start_loc[-1], np.int32)
+        starts[: len(query_start_loc)] = query_start_loc
+        contexts = np.zeros(len(self.context_lens), np.int32)
+        contexts[: len(context_lens)] = context_lens
+        wide = np.zeros((len(mask), self.mask.shape[1]), np.int32)
+        wide[:, : mask.shape[1]] = mask
+        parts = to_device(self.mask.device, starts, contexts, wide)
+        self.query_start_loc.copy_(parts[0])
+        self.context_lens.copy_(parts[1])
+        self.mask[: len(mask)].copy_(parts[2])
+
+    def copy(self, step: CudaTreeStep) -> None:
+        """The same with a step that is on the device."""
+        num_requests, words = len(step.context_lens), step.mask.shape[1]
+        self.query_start_loc[: num_requests + 1].copy_(step.query_start_loc)
+        self.query_start_loc[num_requests + 1 :].fill_(step.num_rows)
+        self.context_lens[:num_requests].copy_(step.context_lens)
+        self.mask[: step.num_rows, :words].copy_(step.mask)
+        self.mask[: step.num_rows, words:].zero_()

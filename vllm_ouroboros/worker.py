@@ -1,0 +1,52 @@
+"""What our worker of any platform offers on top of vLLM's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+if TYPE_CHECKING:
+    from vllm_ouroboros.runner import TreeRunner
+
+
+def take_place_of(backend: AttentionBackendEnum, path: str) -> None:
+    """Let the class ``path`` serve whoever asks vLLM for ``backend``, in this process."""
+    register_backend(backend, path)
+    selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
+
+
+class OuroborosCalls:
+    """Mixed into a vLLM worker: the end of an engine, and what `vllm_ouroboros` asks for."""
+
+    model_runner: TreeRunner
+
+    def shutdown(self) -> None:
+        """Save the phrase pool, then end as vLLM does."""
+        runner = getattr(self, "model_runner", None)  # absent if the start failed
+        if runner is not None:
+            runner.drafter.shut_down()
+        super().shutdown()  # type: ignore[misc]
+
+    def ouroboros_stats(self) -> dict[str, int]:
+        """Counters; see `OuroborosProposer.stats`."""
+        return self.model_runner.drafter.stats()
+
+    def ouroboros_reset_pool(self) -> None:
+        """Forget all phrases."""
+        self.model_runner.drafter.drafting.pool.clear()
+
+    def ouroboros_trace(self, enabled: bool) -> None:
+        """Record for each emitted token who proposed it."""
+        self.model_runner.drafter.tracing = enabled
+
+    def ouroboros_origins(self) -> dict[str, list[int]]:
+        """`NodeSource` of each token of the requests that finished since the last call."""
+        drafter = self.model_runner.drafter
+        done, drafter.finished_origins = drafter.finished_origins, {}
+        return done
+
+    def ouroboros_step_times(self) -> list[dict[str, float]]:
+        """Host seconds by phase of the last steps; see `StepClock`."""
+        return list(self.model_runner.drafter.clock.history)
