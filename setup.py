@@ -64,6 +64,7 @@ setup(
             "httpx",
             "hypothesis",
             "import-linter~=2.16",
+            "matplotlib",
             "mypy~=2.4.1",
             "pytest>=8",
             "pytest-timeout",

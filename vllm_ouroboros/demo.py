@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from vllm_ouroboros.demo_engine import EngineJob, EngineResult, first_cause
+from vllm_ouroboros.demo_engine import EngineJob, EngineResult
 from vllm_ouroboros.demo_report import NAMES, show_report
+from vllm_ouroboros.engine_process import (
+    child_code,
+    end_group,
+    environ,
+    log_cause,
+    next_event,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 TARGET = ASSETS / "tiny-code" / "target"
@@ -180,26 +183,11 @@ def _progress(job: Job, *, live: bool) -> Iterator[_Show]:
         yield bars
 
 
+_CHILD = child_code("vllm_ouroboros.demo_engine")
+
+
 def _environ(job: EngineJob, *, verbose: bool) -> dict[str, str]:
-    """The environment of an engine's process; what the user has set stays."""
-    values = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if not verbose:
-        values["VLLM_LOGGING_LEVEL"] = "ERROR"
-    models = [job.model, (job.ouroboros or {}).get("draft_model")]
-    if all(name is None or Path(name).is_dir() for name in models):
-        values["HF_HUB_OFFLINE"] = "1"
-    return values | os.environ
-
-
-# An empty entry of sys.path stands for the working directory, whose files would shadow modules.
-_CHILD = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from vllm_ouroboros.demo_engine import main; main(int(sys.argv[1]))"
-)
+    return environ([job.model, (job.ouroboros or {}).get("draft_model")], verbose=verbose)
 
 
 def _run_engine(job: EngineJob, name: str, show: _Show, verbose: bool) -> EngineResult:
@@ -221,52 +209,27 @@ def _run_engine(job: EngineJob, name: str, show: _Show, verbose: bool) -> Engine
             pickle.dump(job, child.stdin)
             child.stdin.flush()
             while True:
-                kind, value = _next_event(child, receive)
+                kind, value = next_event(child, receive)
                 if kind == "result":
                     return value
                 if kind == "error":
                     if "Engine core initialization failed" in value:
-                        value = _cause(log) or value
+                        value = log_cause(log) or value
                     raise DemoError(f"{NAMES[name]}: {value}{_hint(verbose)}")
                 if kind == "phase":
                     show(name, value, 0)
                 else:
                     show(name, "", value)
         except (EOFError, BrokenPipeError):
-            cause = _cause(log) or f"the engine's process ended with status {child.wait()}"
+            cause = log_cause(log) or f"the engine's process ended with status {child.wait()}"
             raise DemoError(f"{NAMES[name]}: {cause}{_hint(verbose)}") from None
         except KeyboardInterrupt:
             child.terminate()
             raise
         finally:
-            _end(child)
+            end_group(child)
             child.stdin.close()
             receive.close()
-
-
-def _next_event(child: subprocess.Popen[bytes], receive: Connection) -> tuple[str, Any]:
-    """The child's next event; EOFError once it has ended (its own children may hold the pipe)."""
-    while not receive.poll(0.2):
-        if child.poll() is not None and not receive.poll():
-            raise EOFError
-    return receive.recv()
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Let an engine free its workers and shared memory, then end what is left of its group."""
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(20)
-    with suppress(ProcessLookupError):
-        for wanted in [signal.SIGTERM] + [0] * 20 + [signal.SIGKILL]:
-            os.killpg(child.pid, wanted)  # ProcessLookupError once the group is empty
-            child.poll()
-            time.sleep(0.1)
-    child.wait()
-
-
-def _cause(log: IO[bytes]) -> str | None:
-    log.seek(0)
-    return first_cause(log.read().decode(errors="replace"))
 
 
 def _hint(verbose: bool) -> str:

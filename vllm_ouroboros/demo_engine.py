@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import re
-import signal
 import sys
 import threading
 import time
@@ -19,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
+
+from vllm_ouroboros.engine_process import end_with_parent, one_line
 
 MAX_MODEL_LEN = 1024  # tokens; less where the model knows fewer positions
 NODE_BUDGET = 26
@@ -96,7 +95,7 @@ def main(events_fd: int) -> None:
     """Run the pickled `EngineJob` of stdin; leads its session, and the parent keeps stdin open."""
     events = Connection(events_fd, readable=False)
     job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         events.send(("result", _generate(job, events)))
     except Exception as error:
@@ -105,23 +104,21 @@ def main(events_fd: int) -> None:
         events.send(("error", one_line(error)))
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # ends when the parent does
-        pass
-    os.killpg(0, signal.SIGKILL)
+def usable_length(model: str, wanted: int) -> int:
+    """Tokens of a request: as wanted, or less where the model knows fewer positions."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 
 def _generate(job: EngineJob, events: Connection) -> EngineResult:
     events.send(("phase", "load"))
-    from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
     import vllm_ouroboros
 
-    known = getattr(
-        AutoConfig.from_pretrained(job.model).get_text_config(), "max_position_embeddings", None
-    )
-    max_model_len = min(MAX_MODEL_LEN, known or MAX_MODEL_LEN)
+    max_model_len = usable_length(job.model, MAX_MODEL_LEN)
     extra: dict[str, Any] = {}
     if job.ouroboros is not None:
         extra = {
@@ -196,27 +193,3 @@ def _generate(job: EngineJob, events: Connection) -> EngineResult:
         )
     counters = {name: after[name] - before.get(name, 0) for name in after}
     return EngineResult(generations, counters)
-
-
-def first_cause(log: str) -> str | None:
-    """The first error that a log names: an engine's process raises it, the parent repeats it."""
-    for line in log.splitlines():
-        # "(EngineCore pid=1) ERROR 11-21 07:00:00 [core.py:1] ValueError: too long"
-        message = re.sub(r"^(\(\w+ pid=\d+\) ?)?(ERROR [^\]]*\] ?)?", "", line)
-        match = re.match(r"(?:\w+\.)*(\w+(?:Error|Exception)): (.+)", message)
-        if match and "Engine core initialization failed" not in message:
-            return _cut(f"{match[1]}: {match[2]}")
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    """Name and message of an error, without line breaks and pydantic's details."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith("For further"))
-    text = re.sub(r" \[type=\w+, input_value=.*", "", text)
-    text = re.sub(r"^1 validation error for \w+ (Value error, )?", "", text)
-    return _cut(f"{type(error).__name__}: {text}")
-
-
-def _cut(text: str, length: int = 400) -> str:
-    return text if len(text) <= length else text[: length - 4] + " ..."

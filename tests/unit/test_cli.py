@@ -18,12 +18,11 @@ from vllm_ouroboros.demo_engine import (
     EngineJob,
     EngineResult,
     Generation,
-    first_cause,
     match_origins,
-    one_line,
     token_pieces,
 )
 from vllm_ouroboros.demo_report import Comparison
+from vllm_ouroboros.engine_process import first_cause, one_line
 
 
 @pytest.fixture
@@ -250,7 +249,11 @@ def test_nothing_of_an_engine_stays_alive(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_engine_ends_with_its_parent() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", "from vllm_ouroboros import demo_engine as d; d._end_with_parent()"],
+        [
+            sys.executable,
+            "-c",
+            "from vllm_ouroboros import engine_process as p; p.end_with_parent()",
+        ],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )

@@ -1,0 +1,195 @@
+"""One engine of the benchmark, in a process of its own.
+
+`main` is the child's entry point. It takes an `EngineSpec` and then `RunSpec`s from a connection
+until None comes, and answers with pairs of a kind ("ready", "done", "result" or "error") and a
+value.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vllm_ouroboros.demo_engine import usable_length
+from vllm_ouroboros.engine_process import end_with_parent, one_line
+
+WARM_UP_TOKENS = 24
+METRICS = {
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_nodes",
+    "vllm:spec_decode_num_accepted_tokens": "accepted",
+    "vllm:iteration_tokens_total": "engine_steps",
+}
+"""vLLM's metrics and our names of them; of a histogram the number of observations counts."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is started with; lengths and sizes in tokens."""
+
+    model: str
+    dtype: str
+    speculative: dict[str, Any] | None
+    ouroboros: dict[str, Any] | None
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enforce_eager: bool
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: all prompts, ``batch`` at a time. A group is done before the next one starts."""
+
+    prompts: tuple[str, ...]
+    batch: int
+    max_tokens: int
+    pool: str | None = None
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        groups: tokens and seconds of each group of requests.
+        outputs: token ids (or text, where that is all there is) of each prompt.
+        first: seconds to the first token, of each request that has one.
+        each: seconds for each token after the first, of each request that has two.
+        counters: differences over the run; see `METRICS` and ``vllm_ouroboros.stats``.
+    """
+
+    groups: list[tuple[int, float]]
+    outputs: list[Any]
+    first: list[float]
+    each: list[float]
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+def warm_up_prompts(count: int) -> list[str]:
+    """Texts that have nothing to do with any prompt: they compile kernels and teach nothing."""
+    return [f"# part {i}\nvalue_{i} = {i}\n" for i in range(count)]
+
+
+def main(events_fd: int) -> None:
+    """Serve runs until the parent sends None; leads its session, the parent keeps stdin open."""
+    connection = Connection(events_fd)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        engine = Engine(connection.recv())
+        connection.send(("ready", engine.facts))
+        while (run := connection.recv()) is not None:
+            connection.send(("result", engine.run(run, lambda n: connection.send(("done", n)))))
+    except EOFError:
+        return
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(("error", one_line(error)))
+
+
+class Engine:
+    """A ``vllm.LLM`` and how the benchmark asks it."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from vllm import LLM
+
+        length = usable_length(spec.model, spec.max_model_len)
+        self.ours = spec.ouroboros is not None
+        self.llm = LLM(
+            model=spec.model,
+            dtype=spec.dtype,
+            max_model_len=length,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=max(spec.max_num_batched_tokens, length),
+            enforce_eager=spec.enforce_eager,
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            speculative_config=spec.speculative,
+            additional_config={"ouroboros": spec.ouroboros} if self.ours else {},
+        )
+        config = self.llm.llm_engine.vllm_config.model_config
+        self.max_model_len = length
+        self.warm: set[int] = set()
+        self.facts = {"dtype": str(config.dtype).removeprefix("torch."), "max_model_len": length}
+
+    def run(self, run: RunSpec, done: Any) -> RunResult:
+        """Warm up if this batch size is new, put the pool into its state, then measure."""
+        self._check(run.prompts + run.others)
+        if run.batch not in self.warm:
+            self._generate(warm_up_prompts(run.batch), WARM_UP_TOKENS)
+            self.warm.add(run.batch)
+        if self.ours:
+            import vllm_ouroboros
+
+            vllm_ouroboros.reset_pool(self.llm)
+        if run.pool == "warm":
+            self._generate(run.others, run.max_tokens)
+        before = self._counters()
+        groups, outputs = [], []
+        for at in range(0, len(run.prompts), run.batch):
+            start = time.perf_counter()
+            found = self._generate(run.prompts[at : at + run.batch], run.max_tokens)
+            seconds = time.perf_counter() - start
+            groups.append((sum(len(o.outputs[0].token_ids) for o in found), seconds))
+            outputs += found
+            done(len(found))
+        after = self._counters()
+        return RunResult(
+            groups=groups,
+            outputs=[list(o.outputs[0].token_ids) for o in outputs],
+            first=[o.metrics.first_token_latency for o in outputs if o.metrics is not None],
+            each=time_per_token(outputs),
+            counters={name: after[name] - before.get(name, 0) for name in after},
+        )
+
+    def _generate(self, prompts: Sequence[str], max_tokens: int) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        return self.llm.generate(list(prompts), params, use_tqdm=False) if prompts else []
+
+    def _check(self, prompts: Sequence[str]) -> None:
+        tokenizer = self.llm.get_tokenizer()
+        for prompt in prompts:
+            length = len(tokenizer.encode(prompt))
+            if length >= self.max_model_len:
+                raise ValueError(
+                    f"a prompt has {length} tokens, max_model_len is {self.max_model_len}: raise "
+                    f"--max-model-len if the model knows more, or leave it out: {prompt[:40]!r}"
+                )
+
+    def _counters(self) -> dict[str, int]:
+        found = read_metrics(self.llm.get_metrics())
+        if self.ours:
+            import vllm_ouroboros
+
+            found |= vllm_ouroboros.stats(self.llm)
+        return found
+
+
+def read_metrics(metrics: Sequence[Any]) -> dict[str, int]:
+    """`METRICS` under our names, summed over engines."""
+    found: dict[str, int] = {}
+    for metric in metrics:
+        name = METRICS.get(metric.name)
+        if name is not None:
+            value = metric.count if hasattr(metric, "count") else metric.value
+            found[name] = found.get(name, 0) + int(value)
+    return found
+
+
+def time_per_token(outputs: Sequence[Any]) -> list[float]:
+    """Seconds for each token after the first, of requests with two or more."""
+    found = []
+    for output in outputs:
+        tokens = len(output.outputs[0].token_ids)
+        if output.metrics is not None and tokens > 1:
+            spent = output.metrics.last_token_ts - output.metrics.first_token_ts
+            found.append(spent / (tokens - 1))
+    return found

@@ -1,0 +1,189 @@
+"""The ways to decode that the benchmark compares, and what each one's engine is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig
+
+VANILLA = "vanilla"
+METHODS = (
+    VANILLA, "draft_model", "ngram", "suffix", "lookahead", "ouroboros-cold", "ouroboros-warm",
+)  # fmt: skip
+TITLES = {
+    VANILLA: "vanilla vLLM",
+    "draft_model": "vLLM draft_model",
+    "ngram": "vLLM ngram",
+    "suffix": "vLLM suffix",
+    "lookahead": "lookahead (phrase pool only)",
+    "ouroboros-cold": "Ouroboros, cold pool",
+    "ouroboros-warm": "Ouroboros, warm pool",
+}
+COLD = "phrase pool emptied before each run"
+WARM = (
+    "phrase pool emptied before each run, then filled by {} other prompts, untimed; a measured "
+    "prompt is never among them"
+)
+ONE_ENGINE = "no state beyond a request"
+NEW_ENGINE = "a new engine for each run: its cache holds no answer of an earlier run"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decode with one setting.
+
+    Attributes:
+        name: one of `METHODS`.
+        setting: what tells it from others of that name.
+        rule: what a run starts with.
+        speculative: vLLM's ``speculative_config``.
+        ouroboros: ``additional_config["ouroboros"]`` where the engine is ours.
+        pool: "cold" or "warm" where the engine is ours.
+        fresh: whether each run needs a new engine.
+        missing: why it cannot run here.
+    """
+
+    name: str
+    setting: str = ""
+    rule: str = ONE_ENGINE
+    speculative: dict[str, Any] | None = field(default=None, hash=False)
+    ouroboros: dict[str, Any] | None = field(default=None, hash=False)
+    pool: str | None = None
+    fresh: bool = False
+    missing: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Name and setting, for people."""
+        return f"{TITLES[self.name]} {self.setting}".strip()
+
+    @property
+    def engine(self) -> str:
+        """Methods with the same one share an engine: ours can empty its pool."""
+        return repr((self.speculative, self.ouroboros))
+
+    @property
+    def draft_tokens(self) -> int | None:
+        """Forwards of the draft model for each step, where vLLM's own method has one."""
+        if self.name != "draft_model" or self.speculative is None:
+            return None
+        return int(self.speculative["num_speculative_tokens"])
+
+    @property
+    def rows(self) -> int:
+        """Rows of a request in a verification at most."""
+        return 1 + int((self.speculative or {}).get("num_speculative_tokens", 0))
+
+
+def build(
+    names: Sequence[str],
+    *,
+    draft_model: str | None,
+    draft_tokens: Sequence[int],
+    ngrams: Sequence[tuple[int, int, int]],
+    configs: Sequence[dict[str, Any]],
+    nodes: int | None,
+    others: int,
+) -> list[Method]:
+    """All methods of those names, each setting one; ``others`` is the number of warm-up prompts.
+
+    Raises:
+        ConfigError: options of Ouroboros that cannot work.
+    """
+    found: list[Method] = []
+    for name in dict.fromkeys(names):
+        if name == VANILLA:
+            found.append(Method(VANILLA))
+        elif name == "draft_model":
+            found += _draft_models(draft_model, draft_tokens)
+        elif name == "ngram":
+            found += [_ngram(*setting) for setting in ngrams]
+        elif name == "suffix":
+            found.append(_suffix())
+        else:
+            found += [_ours(name, options, draft_model, nodes, others) for options in configs]
+    return found
+
+
+def _draft_models(draft_model: str | None, draft_tokens: Sequence[int]) -> list[Method]:
+    if draft_model is None:
+        return [Method("draft_model", missing="no draft model: give --draft-model")]
+    return [
+        Method(
+            "draft_model",
+            f"K={k}",
+            speculative={
+                "method": "draft_model", "model": draft_model, "num_speculative_tokens": k,
+            },
+        )
+        for k in draft_tokens
+    ]  # fmt: skip
+
+
+def _ngram(shortest: int, longest: int, k: int) -> Method:
+    return Method(
+        "ngram",
+        f"n={shortest}..{longest} K={k}",
+        speculative={
+            "method": "ngram",
+            "prompt_lookup_min": shortest,
+            "prompt_lookup_max": longest,
+            "num_speculative_tokens": k,
+        },
+    )
+
+
+def _suffix() -> Method:
+    missing = None
+    if find_spec("arctic_inference") is None:
+        missing = "arctic-inference is not installed"
+    return Method(
+        "suffix", rule=NEW_ENGINE, fresh=True, missing=missing, speculative={"method": "suffix"}
+    )
+
+
+def _ours(
+    name: str, options: dict[str, Any], draft_model: str | None, nodes: int | None, others: int
+) -> Method:
+    options = {"draft_model": draft_model} | options
+    missing = None
+    if name == "lookahead":
+        options["draft_model"] = None
+    elif options["draft_model"] is None:
+        missing = "no draft model: give --draft-model"
+    if options.get("pool_path") is not None:
+        raise ConfigError(
+            f"ouroboros.pool_path = {options['pool_path']!r}: the benchmark says itself what a "
+            "pool holds; leave it out"
+        )
+    config = OuroborosConfig.parse(options)
+    budget = nodes or config.draft_tokens + config.num_suffixes * config.phrase_len
+    config.check_budget(budget)
+    warm = name == "ouroboros-warm"
+    if warm and not missing and not others:
+        missing = (
+            "no other prompts to fill the pool: give --warm-prompts, or a --limit below the "
+            "number of prompts in the file"
+        )
+    return Method(
+        name,
+        _setting(config, options, budget),
+        rule=WARM.format(others) if warm else COLD,
+        speculative={"model": PROPOSER, "num_speculative_tokens": budget},
+        ouroboros=options,
+        pool="warm" if warm else "cold",
+        missing=missing,
+    )
+
+
+def _setting(config: OuroborosConfig, options: dict[str, Any], nodes: int) -> str:
+    text = (
+        f"γ={config.draft_tokens} K={config.num_suffixes} β={config.phrase_len} "
+        f"W={config.window_size} G={config.guess_set_size}, {nodes} nodes"
+    )
+    shown = {"draft_model", "draft_tokens", "num_suffixes", "phrase_len", "window_size"}
+    shown.add("guess_set_size")
+    return text + "".join(f", {key}={options[key]}" for key in sorted(options.keys() - shown))

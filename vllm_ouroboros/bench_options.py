@@ -1,0 +1,216 @@
+"""From the options of ``vllm-ouroboros bench`` to a checked `Plan`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllm_ouroboros.bench import Plan
+from vllm_ouroboros.bench_methods import METHODS, VANILLA, build
+from vllm_ouroboros.bench_rows import Load
+from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.demo import DRAFT, TARGET, DemoError, model_reference, shipped_prompts
+
+T = TypeVar("T")
+DEFAULTS: dict[str, Any] = {
+    "limit": None,
+    "draft_tokens": "3,5,8",
+    "ngram": "2-4-3,2-4-8",
+    "batch": "1",
+    "rounds": 3,
+    "max_tokens": 128,
+    "enforce_eager": False,
+}
+QUICK = DEFAULTS | {
+    "limit": 4, "draft_tokens": "3", "ngram": "2-4-3", "rounds": 1, "max_tokens": 32,
+    "enforce_eager": True,
+}  # fmt: skip
+SHAPE = 'each line must be a JSON object {"prompt": "text"}'
+
+
+class OptionError(Exception):
+    """An option that cannot work; the message is one line with the option, its value, the fix."""
+
+
+def plan(
+    *,
+    model: str | None,
+    draft_model: str | None,
+    prompts: Path | None,
+    warm_prompts: Path | None,
+    warm_limit: int,
+    methods: str | None,
+    configs: Sequence[str],
+    nodes: int | None,
+    rates: str | None,
+    max_model_len: int,
+    dtype: str,
+    alive: int,
+    timeout: float,
+    out: Path,
+    quick: bool,
+    **chosen: Any,
+) -> Plan:
+    """Check everything that can be checked without an engine.
+
+    ``chosen`` are the options of `DEFAULTS`, None where the preset decides.
+
+    Raises:
+        OptionError: an option cannot work.
+    """
+    preset = QUICK if quick else DEFAULTS
+    chosen = {key: preset[key] if value is None else value for key, value in chosen.items()}
+    try:
+        if draft_model is None:
+            draft_model = str(DRAFT) if model is None else "none"
+        target = model_reference(str(TARGET) if model is None else model, "--model")
+        draft = None
+        if draft_model != "none":
+            draft = model_reference(draft_model, "--draft-model")
+        texts = (
+            tuple(text for _, text in shipped_prompts()) if prompts is None
+            else read_prompts(prompts, "--prompts")
+        )  # fmt: skip
+        measured = texts[: chosen["limit"]]
+        others = texts[len(measured) :]
+        if warm_prompts is not None:
+            others = read_prompts(warm_prompts, "--warm-prompts")
+        others = tuple(text for text in others if text not in measured)[:warm_limit]
+        found = build(
+            _methods(methods),
+            draft_model=draft,
+            draft_tokens=_list(chosen["draft_tokens"], "--draft-tokens", _count, "3,5,8"),
+            ngrams=_list(chosen["ngram"], "--ngram", _ngram, "2-4-5"),
+            configs=[_config(text) for text in configs],
+            nodes=nodes,
+            others=len(others),
+        )
+    except (DemoError, ConfigError) as error:
+        raise OptionError(str(error)) from None
+    return Plan(
+        model=target,
+        draft_model=draft,
+        methods=tuple(found),
+        prompts=measured,
+        others=others,
+        loads=_loads(chosen["batch"], rates),
+        rounds=chosen["rounds"],
+        max_tokens=chosen["max_tokens"],
+        max_model_len=min(max_model_len, _positions(target) or max_model_len),
+        dtype=dtype,
+        enforce_eager=chosen["enforce_eager"],
+        alive=alive,
+        timeout=timeout,
+        out=_writable(out),
+    )
+
+
+def read_prompts(file: Path, option: str) -> tuple[str, ...]:
+    """The prompts of a file: JSON lines if its first line starts with a brace, else its lines.
+
+    Raises:
+        OptionError: no such file, or a line that is no prompt.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise OptionError(f"{option} {file}: {reason}; pass a text file of prompts") from None
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise OptionError(f"{option} {file}: has no prompts; {SHAPE}, or a prompt")
+    if file.suffix != ".jsonl" and not rows[0][1].lstrip().startswith("{"):
+        return tuple(line for _, line in rows)
+    return tuple(_prompt(line, f"{option} {file}: line {number}") for number, line in rows)
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise OptionError(f"{where} is not JSON ({error}); {SHAPE}") from None
+    if not isinstance(row, dict):
+        raise OptionError(f"{where} is {line.strip()[:40]!r}; {SHAPE}")
+    if "prompt" not in row:
+        raise OptionError(f'{where} has no "prompt", its keys are {", ".join(row)}; {SHAPE}')
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise OptionError(f'{where}: "prompt" is {row["prompt"]!r}; it must be a text, not empty')
+    return row["prompt"]
+
+
+def _methods(text: str | None) -> list[str]:
+    if text is None:
+        return [*METHODS]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in METHODS:
+            raise OptionError(f"--methods {text}: {name!r} is unknown; take {', '.join(METHODS)}")
+    return [VANILLA, *names]  # what all others are compared with
+
+
+def _loads(batch: str, rates: str | None) -> tuple[Load, ...]:
+    loads = [] if batch == "none" else [Load(b) for b in _list(batch, "--batch", _count, "1,8")]
+    if rates is not None:
+        loads += [Load(rate=rate) for rate in _list(rates, "--rates", _rate, "0.5,1,2")]
+    if not loads:
+        raise OptionError("--batch none: leaves nothing to measure; give --rates as well")
+    return tuple(dict.fromkeys(loads))
+
+
+def _list(text: str, option: str, one: Callable[[str], T], example: str) -> list[T]:
+    try:
+        return [one(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"{option} {text}: {error}; for example {option} {example}") from None
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise ValueError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text) or float(text) == 0:
+        raise ValueError(f"{text!r} is not a number above 0")
+    return float(text)
+
+
+def _ngram(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)-([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not MIN-MAX-K")
+    shortest, longest, k = map(int, match.groups())
+    if shortest > longest:
+        raise ValueError(f"{text!r} has MIN above MAX")
+    return shortest, longest, k
+
+
+def _config(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"--ouroboros-config {text}: is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise OptionError(
+            f'--ouroboros-config {text}: must be a JSON object such as {{"draft_tokens": 8}}'
+        )
+    return found
+
+
+def _positions(model: str) -> int | None:
+    """Positions that a model in a folder knows; None where its config does not tell."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _writable(out: Path) -> Path:
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise OptionError(f"--out {out}: is a folder or in none that exists; pass a file's path")
+    return out

@@ -1,0 +1,125 @@
+"""What the benchmark shows in the end: the best setting of each method, by load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ouroboros.bench_facts import hardware_line
+from vllm_ouroboros.bench_methods import TITLES
+
+Row = Mapping[str, Any]
+HEADINGS = (
+    "tokens/s", "min..max", "ratio [95 %]", "first token ms", "ms/token", "tokens/target fwd",
+    "draft fwd/token", "nodes/token", "MiB", "outputs",
+)  # fmt: skip
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """Of each method and load the row with the most tokens per second, else one that says why not.
+
+    Methods and loads stay in their order.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["batch"], row["rate"], row["method"])
+        if key not in best or _rank(row) > _rank(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    return row["status"] == "ok", row["tokens_per_second"] or 0.0
+
+
+def show_report(console: Console, rows: Sequence[Row]) -> None:
+    """Tables, then everything that failed or differs, then where it was measured."""
+    shown = best_rows(rows)
+    for load in dict.fromkeys((row["batch"], row["rate"]) for row in shown):
+        batch, rate = load
+        table = Table(
+            title=f"batch {batch}" if rate is None else f"{rate:g} requests/s",
+            title_justify="left", box=None, pad_edge=False,
+        )  # fmt: skip
+        table.add_column("method, best setting", overflow="fold")
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in shown:
+            if (row["batch"], row["rate"]) == load:
+                name = f"{TITLES[row['method']]} {row['setting']}".strip()
+                if row["status"] == "ok":
+                    table.add_row(name, *_cells(row))
+                else:
+                    table.add_row(name, row["status"])
+        console.print(table)
+        console.print()
+    for row in rows:
+        _show_trouble(console, row)
+    _show_facts(console, rows[0])
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row["ratio_low"], row["ratio_high"]
+    interval = f" [{low:.2f}, {high:.2f}]" if low is not None else ""
+    return [
+        _number(row["tokens_per_second"], 1),
+        f"{row['tokens_per_second_min']:.1f}..{row['tokens_per_second_max']:.1f}",
+        _number(row["ratio"]) + interval,
+        _number(row["first_token_ms"], 0),
+        _number(row["time_per_token_ms"], 1),
+        _number(row["tokens_per_target_forward"]),
+        _number(row["draft_forwards_per_token"]),
+        _number(row["verified_nodes_per_token"]),
+        _number(row["peak_memory_mib"], 0),
+        "-" if row["outputs_equal"] is None else f"{row['outputs_equal']}/{row['outputs_total']}",
+    ]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def row_title(row: Row) -> str:
+    """Method, setting and load in words."""
+    load = f"batch {row['batch']}" if row["rate"] is None else f"{row['rate']:g} requests/s"
+    return ", ".join(filter(None, (TITLES[row["method"]], row["setting"], load)))
+
+
+def _show_trouble(console: Console, row: Row) -> None:
+    if row["status"] != "ok":
+        reason = f": {row['reason']}" if row["reason"] else ""
+        style = "red" if row["status"] == "failed" else "dim"
+        console.print(f"{row['status']}: {row_title(row)}{reason}", style=style, soft_wrap=True)
+    elif row["first_difference"] is not None:
+        at = row["first_difference"]
+        console.print(
+            f"different: {row_title(row)}: {row['outputs_total'] - row['outputs_equal']} of "
+            f"{row['outputs_total']} outputs ({row['dtype']}); first in prompt {at['prompt']} at "
+            f"{at['unit']} {at['at']}: {at['found']!r}, vanilla has {at['vanilla']!r}",
+            style="red" if row["dtype"] == "float32" else "yellow",
+            soft_wrap=True,
+        )
+
+
+def _show_facts(console: Console, row: Row) -> None:
+    origin = (row["inflated"] or {}).get("model")
+    console.print(
+        f"{hardware_line(row['hardware'])}; "
+        + ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        + f"; commit {row['commit']}"
+        + (f"; inflated from {origin}: acceptance is the small pair's" if origin else ""),
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def all_well(rows: Sequence[Row]) -> bool:
+    """Whether no cell has failed and, in float32, no output differs from vanilla's."""
+    return not any(
+        row["status"] == "failed"
+        or (row["first_difference"] is not None and row["dtype"] == "float32")
+        for row in rows
+    )

