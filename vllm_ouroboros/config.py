@@ -44,7 +44,9 @@ class OuroborosConfig(BaseModel):
     pool_path: str | None = Field(
         None, description="file of a warm pool, read at start and kept up to date; null keeps none"
     )
-    adaptive: bool = Field(False, description="choose settings per step (not available yet)")
+    adaptive: bool = Field(
+        False, description="choose by measured costs, step by step, how much to draft and verify"
+    )
 
     @classmethod
     def parse(cls, options: Any) -> OuroborosConfig:
@@ -64,8 +66,6 @@ class OuroborosConfig(BaseModel):
             config = cls(**options)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
-        if config.adaptive:
-            raise ConfigError("ouroboros.adaptive = True: not available yet, leave it out")
         if config.pool_path is not None and config.pool_scope == "request":
             raise ConfigError(
                 f"ouroboros.pool_path = {config.pool_path!r}: a pool with pool_scope = 'request' "

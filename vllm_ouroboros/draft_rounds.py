@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from vllm_ouroboros.adaptive import Policy
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_sampling import DraftSampling
@@ -32,6 +34,13 @@ class Behind(NamedTuple):
     in_prompt: bool  # prompts are cached at once, outputs when enough have gathered
 
 
+def confidences(logits: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
+    """Probability float32 [M] of one token int64 [M] in each row of logits [M, vocab]."""
+    index = torch.from_numpy(tokens).to(logits.device)[:, None]
+    logits = logits.float()
+    return (logits.gather(1, index)[:, 0] - logits.logsumexp(-1)).exp().numpy(force=True)
+
+
 class DraftRounds:
     """Runs the draft model for the requests of a batch.
 
@@ -54,6 +63,9 @@ class DraftRounds:
         self.draft, self.drafting, self.max_rows = draft, drafting, max_rows
         self.counters, self.clock = counters, clock
         self.sampler: TokenSampler | None = None  # the runner's, once there is one
+        self.policy: Policy | None = None  # once costs are measured
+        self.spent = 0.0  # seconds that the last rounds took
+        self._last_rows = 1  # of the last round
 
     @property
     def widest(self) -> int:
@@ -127,6 +139,9 @@ class DraftRounds:
         able = state.known[slots] + drafting.budget < self.draft.max_len
         able &= state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
+        start, self.spent = time.perf_counter(), 0.0
+        if not len(slots) or (self.policy is not None and not self.policy.drafts(len(slots))):
+            return
         most = max(1, self.max_rows // self.widest)
         going, where = slots, rows
         while len(going):
@@ -135,12 +150,18 @@ class DraftRounds:
                 self._round(runner, going[part], where[part], token_ids, sampling)
             active = ~state.done[going]
             going, where = going[active], where[active]
+            if self.policy is not None and len(going):
+                active = self.policy.goes_on(
+                    going, state.confidence[going], state.chain_len[going], self._last_rows
+                )
+                going, where = going[active], where[active]
         branching = (state.branches[slots] >= 0).any((1, 2))
         branching &= state.cached[slots] >= state.known[slots]  # all of the text has a KV slot
         slots, rows = slots[branching], rows[branching]
         for first in range(0, len(slots), most):
             part = slice(first, first + most)
             self._follow_branches(runner, slots[part], rows[part], sampling)
+        self.spent = time.perf_counter() - start
 
     def _round(
         self,
@@ -153,14 +174,27 @@ class DraftRounds:
         """One masked draft forward for some requests."""
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids)
+        start = time.perf_counter()
         logits = self._logits(runner, rows, out, total, wanted)
         with self.clock.phase("choose"):
             predicted = np.zeros(total, np.int64)
-            predicted[out.logits_rows[:wanted]] = greedy(logits)
+            index = out.logits_rows[:wanted]
+            predicted[index] = greedy(logits)
             if sampling:
                 sampling.choose(slots, rows, out, logits, predicted)
+            confidence = None
+            if self.policy is not None:
+                assert self.policy.costs.draft is not None
+                self.policy.costs.draft.observe(total, time.perf_counter() - start)
+                confidence = np.zeros(total, np.float32)
+                confidence[index] = confidences(logits, predicted[index])
+        before = self.drafting.state.chain_len[slots].sum()
         with self.clock.phase("absorb"):
-            self.drafting.absorb(slots, out, predicted)
+            self.drafting.absorb(slots, out, predicted, confidence)
+        self._last_rows = total
+        if self.policy is not None:
+            gained = self.drafting.state.chain_len[slots].sum() - before
+            self.policy.observe_round(float(gained) / len(slots))
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling

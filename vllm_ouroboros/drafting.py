@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_ouroboros.estimates import label
 from vllm_ouroboros.lengthening import build_trees, learn
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
 from vllm_ouroboros.rounds import (
@@ -57,6 +58,7 @@ class Drafting:
             window=np.zeros((size, beta, window_size), np.int32),
             levels=np.zeros(size, np.int32),
             chain=np.zeros((size, budget), np.int32),
+            confidence=np.zeros((size, budget), np.float32),
             chain_len=np.zeros(size, np.int32),
             done=np.zeros(size, np.bool_),
             narrow=np.zeros(size, np.bool_),
@@ -149,11 +151,17 @@ class Drafting:
         total, wanted = plan_branches(self.state, slots, out, which)
         return out, total, which[:wanted]
 
-    def absorb(self, slots, out: Round, predicted) -> None:
-        """Extend the chains by the predictions int64 [T] of a round."""
+    def absorb(self, slots, out: Round, predicted, confidence=None) -> None:
+        """Extend the chains by the predictions int64 [T] of a round.
+
+        ``confidence`` float32 [T] is the draft model's probability of each prediction.
+        """
+        if confidence is None:
+            confidence = np.zeros(len(predicted), np.float32)
         absorb_round(
-            self.state, self.pool.arrays, slots, out, predicted, self.draft_tokens, self.stops
-        )
+            self.state, self.pool.arrays, slots, out, predicted, confidence, self.draft_tokens,
+            self.stops,
+        )  # fmt: skip
 
     def build(self, slots, rows, token_ids) -> None:
         """Make the trees of ``slots`` from their chains and the pool."""
@@ -170,6 +178,14 @@ class Drafting:
             self.state.parents[slot, :size].copy(),
             self.state.sources[slot, :size].copy(),
         )
+
+    def labelled(self, slot: int) -> DraftTree:
+        """The same with the kinds of its nodes."""
+        tree, state = self.tree(slot), self.state
+        kinds = np.empty(len(tree.tokens), np.int32)
+        chain = min(int(state.chain_len[slot]), len(kinds))
+        label(tree.parents, tree.sources, chain, state.confidence[slot], kinds)
+        return tree._replace(kinds=kinds)
 
     def learn(self, slot: int, root: int, tree: DraftTree, predicted) -> None:
         """Turn a verified tree into phrases; ``predicted`` int32 [n + 1], the target per row."""

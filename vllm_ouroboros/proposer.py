@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
+from vllm_ouroboros.adaptive import Policy, Step
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
@@ -70,7 +72,7 @@ class OuroborosProposer:
             PhrasePool(config.pool_capacity, config.guess_set_size, config.phrase_len),
             max_requests=scheduler.max_num_seqs,
             budget=self.budget,
-            draft_tokens=config.draft_tokens,
+            draft_tokens=self.budget if config.adaptive else config.draft_tokens,
             num_suffixes=config.num_suffixes,
             window_size=config.window_size,
             max_len=self.draft.max_len if self.draft else self.max_model_len,
@@ -90,6 +92,8 @@ class OuroborosProposer:
         self.tracing = False
         self.finished_origins: dict[str, list[int]] = {}
         self.pool_file: PoolFile | None = None
+        self.policy: Policy | None = None  # with `adaptive`, once costs are measured
+        self.forward_seconds = 0.0  # of the target's last forward
         self._runner: GPUModelRunner | None = None
 
     def bind(self, runner: GPUModelRunner, sampler: TokenSampler) -> None:
@@ -189,8 +193,13 @@ class OuroborosProposer:
         """A request is preempted: its KV is gone, it may come back."""
         request = self.requests.get(req_id)
         if request is not None and request.slot != NO_SLOT:
-            self.drafting.release(request.slot)
+            self._release(request.slot)
             request.slot = NO_SLOT
+
+    def _release(self, slot: int) -> None:
+        self.drafting.release(slot)
+        if self.policy is not None:
+            self.policy.forget(slot)
 
     def forget(self, req_id: str) -> None:
         """A request is finished or aborted."""
@@ -198,7 +207,7 @@ class OuroborosProposer:
         if request is None:
             return
         if request.slot != NO_SLOT:
-            self.drafting.release(request.slot)
+            self._release(request.slot)
         if self.tracing:
             self.finished_origins[req_id] = request.origins
 
@@ -234,6 +243,8 @@ class OuroborosProposer:
             if found is not None:
                 root = int(token_ids[row, self.drafting.state.known[request.slot] - 1])
                 self.drafting.learn(request.slot, root, found.tree, found.predicted)
+                if self.policy is not None:
+                    self.policy.learn(request.slot, found.tree, found.predicted)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
@@ -266,10 +277,29 @@ class OuroborosProposer:
             with self.clock.phase("learn"):
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            self._end_step(sampled_token_ids)
             if self.pool_file is not None and self.pool_file.due():
                 self.pool_file.save_in_background(self.drafting.pool)
         self.clock.end_step(len(drafts))
         return drafts
+
+    def adapt(self, policy: Policy) -> None:
+        """Let a policy decide from now on."""
+        self.policy = policy
+        if self.rounds is not None:
+            self.rounds.policy = policy
+
+    def _end_step(self, emitted: list[list[int]]) -> None:
+        if self.policy is not None:
+            spent = self.rounds.spent if self.rounds else 0.0
+            step = Step(
+                requests=len(emitted),
+                tokens=sum(map(len, emitted)),
+                forwards=self.forward_seconds + spent,
+                drafted=spent > 0,
+                decoding=all(emitted),
+            )
+            self.policy.end_step(step, time.perf_counter())
 
     def _propose(
         self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
@@ -308,9 +338,15 @@ class OuroborosProposer:
             state = self.drafting.state
             alike = len(slots) == len(drafts) and not state.narrow[slot_array].any()
             alike = alike and bool((state.limit[slot_array] == self.budget).all())
-            wanted = runner.nodes_wanted(len(drafts)) if alike else 0
-            for slot, row in zip(slots, rows, strict=True):
-                tree = self.drafting.tree(slot).padded(wanted)
+            wanted = 0
+            if self.policy is not None:
+                trees = [self.drafting.labelled(slot) for slot in slots]
+                trees = self.policy.select(trees, slots, self.rounds.spent if self.rounds else 0.0)
+            else:
+                trees = [self.drafting.tree(slot) for slot in slots]
+                wanted = runner.nodes_wanted(len(drafts)) if alike else 0
+            for row, tree in zip(rows, trees, strict=True):
+                tree = tree.padded(wanted)
                 self.requests[batch.req_ids[row]].tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts

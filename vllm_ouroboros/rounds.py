@@ -39,6 +39,7 @@ class Requests(NamedTuple):
     window: np.ndarray  # int32 [S, β, W]
     levels: np.ndarray  # int32 [S], filled levels of the window, 0 before the first round
     chain: np.ndarray  # int32 [S, B]
+    confidence: np.ndarray  # float32 [S, B], the draft model's probability of each chain token
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
     narrow: np.ndarray  # bool [S], the tree must be a chain
@@ -182,11 +183,12 @@ def plan_branches(req, slots, out, which):
 
 
 @njit(cache=True)
-def _extend(req, s, token, stops):
+def _extend(req, s, token, confidence, stops):
     """Append one token to a chain; False when the chain takes no more."""
     if req.done[s]:
         return False
     req.chain[s, req.chain_len[s]] = token
+    req.confidence[s, req.chain_len[s]] = confidence
     req.chain_len[s] += 1
     for stop in stops:
         if token == stop:
@@ -197,7 +199,7 @@ def _extend(req, s, token, stops):
 
 
 @njit(cache=True)
-def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
+def absorb_round(req, pool, slots, out, predicted, confidence, draft_tokens, stops):
     """Extend the chains by the predictions of a round, and take phrases from the window.
 
     Tokens of accepted guess rows get their KV as known rows of the next forward: a row more there
@@ -218,10 +220,11 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
         req.cached[s] = min(req.known[s] + req.chain_len[s], req.capacity[s])
         node = ROOT
         for i in range(accepted):
-            if not _extend(req, s, out.tokens[g0 + path[i]], stops):
+            sure = confidence[current + 1 + node]
+            if not _extend(req, s, out.tokens[g0 + path[i]], sure, stops):
                 break
             node = path[i]
-        _extend(req, s, predicted[current + 1 + node], stops)
+        _extend(req, s, predicted[current + 1 + node], confidence[current + 1 + node], stops)
         if req.chain_len[s] >= draft_tokens:
             req.done[s] = True
 

@@ -9,6 +9,7 @@ moves the accepted KV.
 from __future__ import annotations
 
 import logging
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ import torch
 from vllm.v1.sample import logits_processor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_ouroboros.adaptive import Policy
+from vllm_ouroboros.costs import Costs, measure
 from vllm_ouroboros.proposer import OuroborosProposer
 from vllm_ouroboros.sampler import Verified, verify
 from vllm_ouroboros.token_sampler import TokenSampler, build_processors
@@ -202,9 +205,42 @@ class TreeRunner(GPUModelRunner):
         return 0
 
     def _model_forward(self, *args, **kwargs):
-        self.drafter.counters.target_forwards += 1
-        with self.drafter.clock.model():
-            return super()._model_forward(*args, **kwargs)
+        drafter = self.drafter
+        drafter.counters.target_forwards += 1
+        start = time.perf_counter()
+        with drafter.clock.model():
+            output = super()._model_forward(*args, **kwargs)
+        if drafter.policy is not None:
+            rows, curve = sum(self.scheduled_tokens.values()), drafter.policy.costs.target
+            seconds = curve.at(rows)
+            if self.device.type == "cpu":  # a device has only been told to run it
+                seconds = time.perf_counter() - start
+                if rows <= curve.sizes[-1]:
+                    curve.observe(rows, seconds)
+            drafter.forward_seconds = seconds
+        return output
+
+    def measure_costs(self) -> None:
+        """Measure forwards of both models for the policy, if there is to be one."""
+        if not self.drafter.config.adaptive:
+            return
+
+        def target(rows: int) -> None:
+            self._dummy_run(rows)
+            self._wait()
+
+        def draft(rows: int) -> None:
+            self.drafter.warm_up(rows)
+            self._wait()
+
+        most = self.max_num_tokens
+        curves = measure(target, most), measure(draft, most) if self.drafter.draft else None
+        self.drafter.adapt(Policy(Costs(*curves)))
+
+    def _wait(self) -> None:
+        """Wait for what the device was told to run."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     # -- outputs -------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class DraftTree(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     parents: np.ndarray  # int32 [n], index of the parent node or ROOT
     sources: np.ndarray  # int32 [n], NodeSource
+    kinds: np.ndarray | None = None  # int32 [n], see `adaptive`; None: unknown
 
     @classmethod
     def chain(cls, tokens) -> DraftTree:
@@ -50,11 +51,14 @@ class DraftTree(NamedTuple):
         missing = max(0, size - len(self.tokens))
         token = self.tokens[0] if len(self.tokens) else 0
         fill = ((self.tokens, token), (self.parents, ROOT), (self.sources, NodeSource.PADDING))
+        if not missing:
+            return self
         return DraftTree(*(np.append(a, np.full(missing, v, np.int32)) for a, v in fill))
 
     def prefix(self, size: int) -> DraftTree:
         """The tree of the first ``size`` nodes."""
-        return DraftTree(self.tokens[:size], self.parents[:size], self.sources[:size])
+        kinds = None if self.kinds is None else self.kinds[:size]
+        return DraftTree(self.tokens[:size], self.parents[:size], self.sources[:size], kinds)
 
 
 @njit(cache=True)

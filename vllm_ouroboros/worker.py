@@ -22,6 +22,12 @@ class OuroborosCalls:
 
     model_runner: TreeRunner
 
+    def compile_or_warm_up_model(self):
+        """As vLLM does, then measure what forwards cost."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self.model_runner.measure_costs()
+        return result
+
     def shutdown(self) -> None:
         """Save the phrase pool, then end as vLLM does."""
         runner = getattr(self, "model_runner", None)  # absent if the start failed
@@ -46,6 +52,11 @@ class OuroborosCalls:
         drafter = self.model_runner.drafter
         done, drafter.finished_origins = drafter.finished_origins, {}
         return done
+
+    def ouroboros_costs(self) -> dict[str, object]:
+        """Milliseconds of forwards by rows; empty unless adaptive."""
+        policy = self.model_runner.drafter.policy
+        return policy.costs.as_dict() if policy is not None else {}
 
     def ouroboros_step_times(self) -> list[dict[str, float]]:
         """Host seconds by phase of the last steps; see `StepClock`."""

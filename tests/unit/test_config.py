@@ -101,12 +101,6 @@ def test_options_must_be_an_object(options) -> None:
     assert repr(options) in str(error.value)
 
 
-def test_what_is_not_there_yet_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ouroboros\.adaptive = True: not available"):
-        OuroborosConfig.parse({"adaptive": True})
-    assert OuroborosConfig.parse({"adaptive": False}) == OuroborosConfig()
-
-
 def test_a_pool_that_nobody_shares_is_not_kept() -> None:
     path = {"pool_path": "pool.bin"}
     for scope in ({}, {"pool_scope": "global"}):

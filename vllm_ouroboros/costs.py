@@ -1,0 +1,135 @@
+"""What a step costs on this machine: seconds of a forward by its rows, measured, then refined."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)
+"""Rows at which forwards are measured."""
+REPEATS = 3
+LIMIT = 4.0  # seconds that a measurement may take, the size it is at included once more
+MEMORY = 0.05  # share of a new observation in what is refined
+WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
+
+
+def measure(
+    run: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
+) -> Curve:
+    """Time forwards of up to ``most`` rows; the fastest of some runs of each size counts.
+
+    Large sizes are left out where they would take too long.
+
+    Args:
+        run: runs a forward of so many rows and waits for it.
+        most: rows that a forward can have.
+        clock: seconds.
+    """
+    begin = clock()
+    sizes: list[int] = []
+    seconds: list[float] = []
+    for size in SIZES:
+        if sizes and (size > most or (len(sizes) > 1 and clock() - begin > LIMIT)):
+            break
+        run(size)  # the first of a shape may compile
+        times: list[float] = []
+        while not times or (len(times) < REPEATS and clock() - begin < LIMIT):
+            start = clock()
+            run(size)
+            times.append(clock() - start)
+        sizes.append(size)
+        seconds.append(min(times))
+    return Curve(sizes, seconds)
+
+
+@dataclass
+class Curve:
+    """Seconds of a forward by rows, never falling; linear between and behind measured sizes.
+
+    Attributes:
+        sizes: rows, ascending.
+        seconds: measured for each.
+        factor: what forwards took online, against this; see `observe`.
+    """
+
+    sizes: Sequence[int]
+    seconds: Sequence[float]
+    factor: float = 1.0
+    _table: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        self.seconds = np.maximum.accumulate(np.asarray(self.seconds, float)).tolist()
+
+    def table(self, rows: int) -> np.ndarray:
+        """Seconds float64 [rows + 1] of forwards of 0, 1, 2 ... rows; none costs nothing."""
+        if rows >= len(self._table):
+            self._table = np.array([self._at(n) for n in range(2 * rows + 1)])
+        return self._table[: rows + 1] * self.factor
+
+    def at(self, rows: int) -> float:
+        """Seconds of a forward of so many rows."""
+        return self._at(rows) * self.factor
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A forward of ``rows`` rows took so long: slower contexts and neighbours show here."""
+        expected = self._at(rows)
+        if rows > 0 and expected > 0:
+            seen = min(max(seconds / expected, self.factor / WIDEST), self.factor * WIDEST)
+            # what these rows cost against others, then what all cost against the start
+            self._bend(rows, MEMORY * (seen / self.factor - 1.0))
+            self.factor += MEMORY * (seen - self.factor)
+
+    def _bend(self, rows: int, share: float) -> None:
+        """Change the seconds of the sizes around ``rows`` by up to this share."""
+        seconds = np.asarray(self.seconds, float)
+        near = np.searchsorted(self.sizes, rows)
+        for i in {max(0, near - 1), min(near, len(seconds) - 1)}:
+            far = abs(np.log2(rows / self.sizes[i]))
+            seconds[i] *= 1.0 + share * max(0.0, 1.0 - far)
+        self.seconds = np.maximum.accumulate(seconds).tolist()
+        self._table = np.empty(0)
+
+    def _at(self, rows: int) -> float:
+        if rows <= 0:
+            return 0.0
+        last = self.sizes[-1]
+        if rows <= last or len(self.sizes) == 1:
+            behind = max(1.0, rows / last)
+            return float(np.interp(rows, self.sizes, self.seconds)) * behind
+        rise = (self.seconds[-1] - self.seconds[-2]) / (last - self.sizes[-2])
+        return self.seconds[-1] + rise * (rows - last)
+
+
+@dataclass
+class Costs:
+    """Costs of an engine's steps.
+
+    Attributes:
+        target: forwards of the target.
+        draft: forwards of the draft model; None without one.
+        overhead: seconds of a step outside the forwards, this plugin's work included.
+    """
+
+    target: Curve
+    draft: Curve | None
+    overhead: float = 0.0
+
+    def observe_overhead(self, seconds: float) -> None:
+        """A step spent so long outside forwards."""
+        if not self.overhead:
+            self.overhead = max(seconds, 0.0)
+        seen = min(max(seconds, 0.0), WIDEST * self.overhead)
+        self.overhead += MEMORY * (seen - self.overhead)
+
+    def as_dict(self) -> dict[str, object]:
+        """Milliseconds, by name, as shown to people."""
+        curves = {"target": self.target, "draft": self.draft}
+        shown: dict[str, object] = {
+            name: {str(n): round(1000 * curve.at(n), 3) for n in curve.sizes}
+            for name, curve in curves.items()
+            if curve is not None
+        }
+        return {**shown, "overhead": round(1000 * self.overhead, 3)}
