@@ -108,6 +108,7 @@ def main() -> None:
         "phrase_len": args.phrase_len,
         "window_size": args.window_size,
         "guess_set_size": args.guess_set_size,
+        "adaptive": False,
         "pool_scope": "request" if args.pool == "cold" else "global",
     }
     if args.engine == "ouroboros":

@@ -66,7 +66,7 @@ def main() -> None:
         speculative_config={
             "model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 26,
         },
-        additional_config={"ouroboros": {"draft_model": args.draft}},
+        additional_config={"ouroboros": {"draft_model": args.draft, "adaptive": False}},
     )  # fmt: skip
     meta = {
         "command": " ".join(["python", *sys.argv]),

@@ -69,7 +69,9 @@ def run_engine(name: str, args: argparse.Namespace) -> list[dict]:
         model=args.target, dtype="float32", max_model_len=1024, max_num_seqs=args.batch,
         enforce_eager=True, enable_prefix_caching=False, disable_log_stats=False,
         speculative_config=speculative,
-        additional_config={"ouroboros": {"draft_model": args.draft}} if ours else {},
+        additional_config={
+            "ouroboros": {"draft_model": args.draft, "adaptive": False},
+        } if ours else {},
     )  # fmt: skip
     rows = []
     for label, path in (pair.split("=", 1) for pair in args.prompts):

@@ -69,7 +69,9 @@ def child(folder: Path) -> None:
     pair = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
     extra: dict = {}
     if job.engine != "vanilla":
-        options = {"draft_model": str(pair / "draft")} if job.engine == "draft" else {}
+        options: dict = {"adaptive": False}  # whole trees, so that graphs are used
+        if job.engine == "draft":
+            options["draft_model"] = str(pair / "draft")
         extra = {
             "speculative_config": {
                 "model": "vllm_ouroboros.OuroborosProposer",

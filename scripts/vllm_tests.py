@@ -102,7 +102,7 @@ def post_init(self):
     if ours and (spec is None or ngram):
         model = "vllm_ouroboros.OuroborosProposer"
         self.speculative_config = {"model": model, "num_speculative_tokens": 26}
-        self.additional_config = {"ouroboros": {"draft_model": draft}}
+        self.additional_config = {"ouroboros": {"draft_model": draft, "adaptive": False}}
     after(self)
 EngineArgs.__post_init__ = post_init
 """

@@ -1,48 +1,31 @@
 """How much to draft and to verify: what nodes promise, against what forwards cost.
 
-A step takes the nodes that make the expected tokens per second of the whole batch greatest, and
-drafting goes on while it is worth its forwards. Steps without any draft are a choice; now and then
-one with a draft looks whether that still holds.
+Time is worth what the batch makes of it on average, its tokens per second. A node is verified if it
+promises more tokens than the time of its row is worth, a draft forward is run if what it adds is
+worth its time. Steps without any draft are a choice; now and then one with a draft looks whether
+that still holds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from vllm_ouroboros.costs import Costs
-from vllm_ouroboros.estimates import Estimates, Leaning, bins, probabilities
-from vllm_ouroboros.tree import ROOT, DraftTree
+from vllm_ouroboros.estimates import EDGES, KINDS, Estimates, Leaning
+from vllm_ouroboros.tree import DraftTree
 
-TRIAL, BLOCK = 16, 8  # steps that each way is tried at first, by turns of so many
-PROBE, GLANCE = 400, 4  # after so many steps of the better way, so many of the other one
-FORGET = 0.98  # what a step leaves of the steps before it
+PROBING = 0.008  # share of all time that looking at drafts which do not pay may take
+FORGET = 0.98  # what a step leaves of the steps before it, in the speed of a batch
 IDLE = 20.0  # a step that took so many times its forwards held a pause
 SMOOTH = 0.1  # weight of a new step in averages
-
-
-def prune(tree: DraftTree, keep: np.ndarray) -> DraftTree:
-    """The tree of some nodes: ``keep`` bool [n] holds no node without its parent."""
-    place = np.cumsum(keep) - 1
-    parents = tree.parents[keep]
-    parents = np.where(parents >= 0, place[parents], ROOT).astype(np.int32)
-    kinds = None if tree.kinds is None else tree.kinds[keep]
-    return DraftTree(tree.tokens[keep], parents, tree.sources[keep], kinds)
-
-
-def best_size(gains: np.ndarray, requests: int, seconds: np.ndarray, spent: float) -> int:
-    """How many nodes make the expected tokens per second of a step greatest.
-
-    Args:
-        gains: float64 [n], probabilities of all nodes of a batch, descending.
-        requests: R, each of which gets a token without any node.
-        seconds: float64 [R + n + 1 or more], of a target forward by rows.
-        spent: seconds of the step beside that forward.
-    """
-    tokens = requests + np.concatenate([[0.0], np.cumsum(gains)])
-    return int(np.argmax(tokens / (spent + seconds[requests : requests + len(tokens)])))
+FLOOR = 0.01  # probability below which a node is never worth its host work
+EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
+LOOK = 4  # steps that a look at drafts takes
+STALE = 20  # steps after which an observation counts twice
+TRUSTED = 8  # steps until the speed of a batch is known
 
 
 class Step(NamedTuple):
@@ -51,22 +34,16 @@ class Step(NamedTuple):
     requests: int
     tokens: int  # emitted
     forwards: float  # seconds that the forwards of both models took
-    drafted: bool  # whether the draft model ran
     decoding: bool  # whether no request was in its prompt
 
 
 @dataclass
-class Way:
-    """Steps with, or without, the draft model: how fast they were of late."""
+class Speed:
+    """Tokens per second of batches of one size, of late."""
 
     tokens: float = 0.0
     seconds: float = 0.0
     steps: int = 0
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / max(self.seconds, 1e-9)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """One step."""
@@ -74,30 +51,34 @@ class Way:
         self.seconds = FORGET * self.seconds + seconds
         self.steps += 1
 
+    @property
+    def value(self) -> float:
+        """The speed; 0 while unknown."""
+        return self.tokens / max(self.seconds, 1e-9) if self.steps >= TRUSTED else 0.0
+
 
 @dataclass
-class Ways:
-    """Both ways for one size of batch, and whose turn it is."""
+class Class:
+    """Requests that choose their tokens in one way: greedy, or by noise."""
 
-    without: Way = field(default_factory=Way)
-    drafting: Way = field(default_factory=Way)
-    turn: bool = True  # whether the draft model runs
-    left: int = 0  # steps of this turn
-    left_of_better: int = PROBE  # steps until the other way gets a glance
+    estimates: Estimates
+    worth: float = 1.0  # tokens that drafting adds to a step of a request
 
-    def next(self) -> bool:
-        """Whether the draft model runs in the next step."""
-        if self.left == 0:
-            if min(self.without.steps, self.drafting.steps) < TRIAL:
-                self.turn, self.left = self.drafting.steps <= self.without.steps, BLOCK
-            else:
-                better = self.drafting.speed >= self.without.speed
-                glance = self.turn == better and self.left_of_better == 0
-                self.turn = better != glance
-                self.left = GLANCE if glance else BLOCK
-                self.left_of_better = PROBE if glance else max(0, self.left_of_better - BLOCK)
-        self.left -= 1
-        return self.turn
+
+@dataclass
+class Known:
+    """What is known of a request.
+
+    Attributes:
+        kind: what it is taken for as long as little is known.
+        leaning: how it differs.
+        worth: tokens that drafting adds to its step, what they cost in rows taken off.
+    """
+
+    kind: Class
+    leaning: Leaning
+    worth: float
+    since: int = 0  # steps since that was seen
 
 
 class Policy:
@@ -108,51 +89,109 @@ class Policy:
     """
 
     def __init__(self, costs: Costs) -> None:
-        self.costs, self.estimates = costs, Estimates()
-        self.leanings: dict[int, Leaning] = {}  # by slot of a request
-        self._ways: dict[int, Ways] = {}  # by size of batch
+        self.costs = costs
+        self.greedy, self.drawn = Class(Estimates()), Class(Estimates())
+        self.requests: dict[int, Known] = {}  # by slot
+        self._speeds: dict[int, Speed] = {}  # by size of batch
         self._gained = 1.0  # tokens that a draft forward adds to a chain
+        self._rounds = 2.0  # rounds that drafting for a step takes, as long as one may be
+        self._longest = 1.0  # seconds that a round may take
+        self._unlooked = 0.0  # seconds that passed without a draft
+        self._look = 0  # steps that are still drafted for, to see whether it pays
         self._last: tuple[float, Step] | None = None  # when the last step ended
 
-    def leaning(self, slot: int) -> Leaning:
-        """How a request differs from others; a new one does not."""
-        return self.leanings.setdefault(slot, Leaning())
+    # -- requests and batches ------------------------------------------------------------------
+
+    def meet(self, slot: int, greedy: bool) -> None:
+        """A request is to be drafted for; a new one is like others that choose as it does."""
+        known = self.requests.get(slot)
+        if known is None:
+            kind = self.greedy if greedy else self.drawn
+            self.requests[slot] = Known(kind, Leaning(), kind.worth)
+        else:
+            known.leaning.fade()
+            known.since += 1
 
     def forget(self, slot: int) -> None:
         """The request of a slot is gone."""
-        self.leanings.pop(slot, None)
+        self.requests.pop(slot, None)
 
-    def drafts(self, requests: int) -> bool:
-        """Whether the draft model should run for a batch of so many requests."""
-        return self.costs.draft is not None and self._of(requests).next()
+    def plain_step(self, requests: int) -> float:
+        """Seconds of a step of a batch without any speculation."""
+        return self.costs.target.at(requests) + self.costs.overhead
 
-    def _of(self, requests: int) -> Ways:
-        return self._ways.setdefault(requests.bit_length(), Ways())
+    def speed(self, requests: int) -> float:
+        """Tokens per second of a batch: what a second is worth."""
+        return max(self._speed(requests).value, requests / self.plain_step(requests))
 
-    def plain_speed(self, requests: int) -> float:
-        """Tokens per second of a batch without any speculation."""
-        return requests / (self.costs.target.at(requests) + self.costs.overhead)
+    def _speed(self, requests: int) -> Speed:
+        return self._speeds.setdefault(requests.bit_length(), Speed())
+
+    def _row(self, requests: int) -> float:
+        """Seconds that a node adds to a target forward, on average over a small tree."""
+        target = self.costs.target
+        return (target.at(9 * requests) - target.at(requests)) / (8 * requests)
+
+    def row_worth(self, requests: int) -> float:
+        """Tokens that a node must promise."""
+        return self.speed(requests) * self._row(requests)
 
     def end_step(self, step: Step, now: float) -> None:
         """A step ended ``now`` (seconds of any clock), together with the draft for the next one."""
         last, self._last = self._last, (now, step)
-        if last is None or last[1].requests != step.requests or not step.decoding:
+        if last is None:
             return
         seconds = now - last[0]
         if seconds > IDLE * step.forwards:  # the engine had nothing to do in between
             return
-        self.costs.observe_overhead(seconds - step.forwards)
-        if last[1].drafted == step.drafted:  # else it paid for one way and earned by the other
-            ways = self._of(step.requests)
-            way = ways.drafting if step.drafted else ways.without
-            way.observe(step.tokens, seconds)
+        self._unlooked += seconds
+        for kind in (self.greedy, self.drawn):
+            kind.estimates.fade()
+        if last[1].requests == step.requests and step.decoding:
+            self.costs.observe_overhead(seconds - step.forwards)
+            self._speed(step.requests).observe(step.tokens, seconds)
+
+    # -- drafting ------------------------------------------------------------------------------
+
+    def drafts(self, slots: list[int], rows: int) -> np.ndarray:
+        """For which requests the draft model should run: bool [R].
+
+        Args:
+            slots: of the requests.
+            rows: of one draft forward for all of them.
+        """
+        if self.costs.draft is None:
+            return np.zeros(len(slots), np.bool_)
+        worth = np.array([self.requests[slot].worth for slot in slots])
+        self._longest = self.costs.round(rows)
+        seconds = self._rounds * self._longest
+        able = worth > 0
+        if worth[able].sum() > self.speed(len(slots)) * seconds:
+            chosen = able
+        else:
+            if self._look == 0 and self._unlooked * PROBING > LOOK * seconds:
+                self._look = LOOK
+            chosen = np.full(len(slots), self._look > 0)
+        if chosen.any():
+            self._unlooked, self._look = 0.0, max(0, self._look - 1)
+        return chosen
+
+    def affords(self, requests: int, rows: int, fewer: int) -> bool:
+        """Whether a draft forward may have so many rows where fewer would do."""
+        assert self.costs.draft is not None
+        more = self.costs.draft.at(rows) - self.costs.draft.at(fewer)
+        return more <= EXTRA * self.plain_step(requests)
 
     def observe_round(self, gained: float) -> None:
         """A draft forward added so many tokens to a chain, on average."""
         self._gained += SMOOTH * (gained - self._gained)
 
+    def observe_drafting(self, seconds: float) -> None:
+        """Drafting for a step took so long."""
+        self._rounds += SMOOTH * (seconds / self._longest - self._rounds)
+
     def goes_on(
-        self, slots: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, rows: int
+        self, slots: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, rows: int, batch: int
     ) -> np.ndarray:
         """Which requests should have another draft forward: bool [R].
 
@@ -161,47 +200,64 @@ class Policy:
             confidence: float32 [R, B], of the tokens of each chain.
             lengths: int32 [R], tokens of each chain.
             rows: rows of that forward.
+            batch: requests of the step, others included.
         """
-        requests = len(slots)
-        ends = np.ones(requests)
+        ends = np.ones(len(slots))
         for r, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-            rates = self.estimates.rates(self.leaning(slot))
-            ends[r] = rates[bins(confidence[r, :length])].prod()
-        way = self._of(requests).drafting
-        speed = way.speed if way.steps >= TRIAL else self.plain_speed(requests)
-        draft = self.costs.draft.at(rows) if self.costs.draft else 0.0
-        target = self.costs.target
-        row = (target.at(8 * requests + requests) - target.at(requests)) / (8 * requests)
-        return ends * self._gained > speed * (draft / requests + row)
+            known = self.requests[slot]
+            rates = np.minimum(known.kind.estimates.grades() * known.leaning.factor, 0.99)
+            ends[r] = rates[np.searchsorted(EDGES, confidence[r, :length], "right")].prod()
+        gains = ends * self._gained - self.row_worth(batch)
+        pays = gains[gains > 0].sum() > self.speed(batch) * self.costs.round(rows)
+        return (gains > 0) & pays
 
-    def select(self, trees: list[DraftTree], slots: list[int], spent: float) -> list[DraftTree]:
-        """The nodes of a batch's trees that are worth their rows.
+    # -- verifying -----------------------------------------------------------------------------
+
+    def rates(self, slots: list[int]) -> np.ndarray:
+        """Rates float64 [R, KINDS] of the nodes of each request."""
+        known = [self.requests[slot] for slot in slots]
+        rates = [one.kind.estimates.rates(one.leaning) for one in known]
+        return np.array(rates).reshape(len(slots), KINDS)
+
+    def least(self, requests: int) -> float:
+        """Probability below which a node is not worth a look."""
+        return max(FLOOR, 0.3 * self.row_worth(requests))
+
+    def sizes(self, probabilities: list[np.ndarray], batch: int) -> np.ndarray:
+        """How many nodes of each tree are worth their rows: int64 [R].
 
         Args:
-            trees: of the requests, with kinds.
-            slots: of the same requests.
-            spent: seconds that the draft of this step took.
+            probabilities: float64 of the nodes of each tree, descending.
+            batch: requests of the step, others included.
         """
-        if not trees:
-            return []
-        gains = [self.probabilities(*pair) for pair in zip(trees, slots, strict=True)]
-        flat = np.concatenate(gains)
-        order = np.argsort(-flat, kind="stable")  # a parent, which stands before, is no less
-        spent += self.costs.overhead
-        seconds = self.costs.target.table(len(trees) + len(flat))
-        keep = np.zeros(len(flat), np.bool_)
-        keep[order[: best_size(flat[order], len(trees), seconds, spent)]] = True
-        parts = np.split(keep, np.cumsum([len(g) for g in gains])[:-1])
-        return [prune(*pair) for pair in zip(trees, parts, strict=True)]
+        flat = np.concatenate([*probabilities, np.empty(0)])
+        order = np.argsort(-flat, kind="stable")
+        seconds = self.costs.target.table(batch + len(flat))[batch:]
+        promised = np.concatenate([[0.0], np.cumsum(flat[order])])
+        best = int(np.argmax(promised - self.speed(batch) * seconds))
+        owner = np.repeat(np.arange(len(probabilities)), [len(p) for p in probabilities])
+        return np.bincount(owner[order[:best]], minlength=len(probabilities))
 
-    def probabilities(self, tree: DraftTree, slot: int) -> np.ndarray:
-        """Probability float64 [n] of each node of a request's tree to be accepted."""
-        result = np.empty(len(tree.tokens))
-        rates = self.estimates.rates(self.leaning(slot))
-        probabilities(tree.parents, tree.kinds, rates, result)
-        return result
+    def learn(self, slot: int, tree: DraftTree, alone: DraftTree | None, text: np.ndarray) -> None:
+        """A request's tree was verified.
 
-    def learn(self, slot: int, tree: DraftTree, predicted: np.ndarray) -> None:
-        """A request's tree was verified; ``predicted`` [n + 1] is the target's token per row."""
+        Args:
+            slot: of the request.
+            tree: that was verified.
+            alone: the tree that it would have had without the draft model, if that ran.
+            text: int32 [m], what the target wrote.
+        """
+        known = self.requests[slot]
         if tree.kinds is not None:
-            self.estimates.learn(tree, predicted, self.leaning(slot))
+            known.kind.estimates.learn(tree, text, known.leaning)
+        if alone is not None:
+            right = known.kind.estimates.learn(alone, text, None)
+            rows = self.row_worth(len(self.requests)) * (len(tree.tokens) - len(alone.tokens))
+            self._compare(known, len(text) - 1 - right - rows)
+
+    def _compare(self, known: Known, worth: float) -> None:
+        """Drafting added so many tokens to a step of a request, rows paid for."""
+        weight = min(0.5, SMOOTH * (1 + known.since / STALE))
+        known.worth += weight * (worth - known.worth)
+        known.since = 0
+        known.kind.worth += SMOOTH / 2 * (worth - known.kind.worth) / max(1, len(self.requests))

@@ -49,6 +49,7 @@ class Plan:
     alive: int
     timeout: float
     out: Path
+    ignore_eos: bool = False
 
     def engine(self, method: Method, *, server: bool = False) -> EngineSpec:
         """What a method's engine is started with: the same for all but the method itself."""
@@ -146,6 +147,7 @@ class Bench:
             prompts=self.plan.prompts,
             batch=cell.load.batch,
             max_tokens=self.plan.max_tokens,
+            ignore_eos=self.plan.ignore_eos,
             pool=cell.method.pool,
             others=self.plan.others if cell.method.pool == "warm" else (),
         )
@@ -162,6 +164,7 @@ class Bench:
             others=self.plan.others if cell.method.pool == "warm" else (),
             rate=cell.load.rate,
             max_tokens=self.plan.max_tokens,
+            ignore_eos=self.plan.ignore_eos,
             timeout=self.plan.timeout,
             verbose=self.verbose,
         )
@@ -178,6 +181,7 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
     about = facts(plan.model, plan.draft_model) | {
         "prompts_others": len(plan.others),
         "max_tokens": plan.max_tokens,
+        "ignore_eos": plan.ignore_eos,
         "max_num_seqs": plan.engine(plan.methods[0]).max_num_seqs,
         "enforce_eager": plan.enforce_eager,
         "prefix_caching": False,

@@ -51,6 +51,7 @@ class RunSpec:
     max_tokens: int
     pool: str | None = None
     others: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,13 @@ class Engine:
 
             vllm_ouroboros.reset_pool(self.llm)
         if run.pool == "warm":
-            self._generate(run.others, run.max_tokens)
+            self._generate(run.others, run.max_tokens, run.ignore_eos)
         before = self._counters()
         groups, outputs = [], []
         for at in range(0, len(run.prompts), run.batch):
             start = time.perf_counter()
-            found = self._generate(run.prompts[at : at + run.batch], run.max_tokens)
+            part = run.prompts[at : at + run.batch]
+            found = self._generate(part, run.max_tokens, run.ignore_eos)
             seconds = time.perf_counter() - start
             groups.append((sum(len(o.outputs[0].token_ids) for o in found), seconds))
             outputs += found
@@ -148,10 +150,12 @@ class Engine:
             counters={name: after[name] - before.get(name, 0) for name in after},
         )
 
-    def _generate(self, prompts: Sequence[str], max_tokens: int) -> list[Any]:
+    def _generate(
+        self, prompts: Sequence[str], max_tokens: int, ignore_eos: bool = False
+    ) -> list[Any]:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
         return self.llm.generate(list(prompts), params, use_tqdm=False) if prompts else []
 
     def _check(self, prompts: Sequence[str]) -> None:

@@ -25,6 +25,11 @@ def facts(model: str, draft_model: str | None) -> dict[str, Any]:
         "inflated": {"model": inflated(model), "draft_model": inflated(draft_model)},
         "hardware": hardware(),
         "versions": versions(),
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("VLLM_CPU_", "OMP_"))
+        },
         "commit": commit(Path(__file__).resolve().parent),
         "command": shlex.join(["vllm-ouroboros", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -52,6 +52,7 @@ def plan(
     timeout: float,
     out: Path,
     quick: bool,
+    ignore_eos: bool = False,
     **chosen: Any,
 ) -> Plan:
     """Check everything that can be checked without an engine.
@@ -105,6 +106,7 @@ def plan(
         alive=alive,
         timeout=timeout,
         out=_writable(out),
+        ignore_eos=ignore_eos,
     )
 
 

@@ -41,6 +41,7 @@ def measure(
     others: Sequence[str],
     rate: float,
     max_tokens: int,
+    ignore_eos: bool,
     timeout: float,
     verbose: bool,
 ) -> tuple[RunResult, int]:
@@ -68,6 +69,8 @@ def measure(
             file = Path(folder) / "prompts.jsonl"
             file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
             command = client_command(spec.model, url, file, len(prompts), max_tokens, rate)
+            if ignore_eos:
+                command.append("--ignore-eos")
             _run_client(command, spec, folder, timeout, verbose)
             found = json.loads((Path(folder) / RESULT).read_text())
             return read_result(found, len(prompts)), peak_memory(server.pid)

@@ -168,6 +168,10 @@ def bench(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to generate per prompt. Default: 128.")
     ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Generate them all, past the end of the text as well."),
+    ] = False,
     max_model_len: Annotated[
         int, typer.Option(min=32, help="Tokens of prompt and output together.")
     ] = 1024,
@@ -215,7 +219,7 @@ def bench(
             draft_tokens=draft_tokens, ngram=ngram, configs=ouroboros_config or ["{}"],
             nodes=nodes, batch=batch, rates=rates, rounds=rounds, max_tokens=max_tokens,
             max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
-            alive=alive, timeout=timeout, out=out, quick=quick,
+            alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
         )  # fmt: skip
         well = _bench.run(plan, plain=plain, verbose=verbose)
     except _options.OptionError as error:

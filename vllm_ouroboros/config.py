@@ -45,7 +45,7 @@ class OuroborosConfig(BaseModel):
         None, description="file of a warm pool, read at start and kept up to date; null keeps none"
     )
     adaptive: bool = Field(
-        False, description="choose by measured costs, step by step, how much to draft and verify"
+        True, description="choose by measured costs, step by step, how much to draft and verify"
     )
 
     @classmethod

@@ -111,18 +111,27 @@ class Costs:
         target: forwards of the target.
         draft: forwards of the draft model; None without one.
         overhead: seconds of a step outside the forwards, this plugin's work included.
+        planning: seconds of a round of drafting outside its forward.
     """
 
     target: Curve
     draft: Curve | None
     overhead: float = 0.0
+    planning: float = 0.0
+
+    def round(self, rows: int) -> float:
+        """Seconds of a round of drafting with so many rows."""
+        return self.planning + (self.draft.at(rows) if self.draft is not None else 0.0)
+
+    def observe_round(self, rows: int, forward: float, seconds: float) -> None:
+        """A round took so many seconds, the forward included."""
+        if self.draft is not None:
+            self.draft.observe(rows, forward)
+        self.planning = _refined(self.planning, seconds - forward)
 
     def observe_overhead(self, seconds: float) -> None:
         """A step spent so long outside forwards."""
-        if not self.overhead:
-            self.overhead = max(seconds, 0.0)
-        seen = min(max(seconds, 0.0), WIDEST * self.overhead)
-        self.overhead += MEMORY * (seen - self.overhead)
+        self.overhead = _refined(self.overhead, seconds)
 
     def as_dict(self) -> dict[str, object]:
         """Milliseconds, by name, as shown to people."""
@@ -132,4 +141,12 @@ class Costs:
             for name, curve in curves.items()
             if curve is not None
         }
-        return {**shown, "overhead": round(1000 * self.overhead, 3)}
+        shown["overhead"] = round(1000 * self.overhead, 3)
+        shown["planning"] = round(1000 * self.planning, 3)
+        return shown
+
+
+def _refined(known: float, seconds: float) -> float:
+    """An average with one more observation; the first one is all there is."""
+    seconds = max(seconds, 0.0)
+    return known + MEMORY * (min(seconds, WIDEST * known) - known) if known else seconds

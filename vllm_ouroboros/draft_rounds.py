@@ -12,7 +12,7 @@ from vllm_ouroboros.adaptive import Policy
 from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_sampling import DraftSampling
-from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.drafting import OTHERS, Drafting, Width
 from vllm_ouroboros.rounds import Round
 from vllm_ouroboros.sampler import greedy
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler
@@ -21,6 +21,8 @@ from vllm_ouroboros.tree import step_mask
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+MAX_LAG = 64
+"""Tokens that it may be behind on where it does not draft."""
 MAX_KNOWN = 16
 """Tokens that the draft model may catch up on inside a round; more go ahead of the rounds."""
 
@@ -34,11 +36,19 @@ class Behind(NamedTuple):
     in_prompt: bool  # prompts are cached at once, outputs when enough have gathered
 
 
-def confidences(logits: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
-    """Probability float32 [M] of one token int64 [M] in each row of logits [M, vocab]."""
+def thoughts(logits: torch.Tensor, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What the draft model thought of a token int64 [M] in each row of logits [M, vocab].
+
+    Returns:
+        Its probabilities float32 [M]; the first tokens int64 [M, OTHERS + 1], the most probable
+        first; their probabilities float32 [M, OTHERS + 1].
+    """
     index = torch.from_numpy(tokens).to(logits.device)[:, None]
     logits = logits.float()
-    return (logits.gather(1, index)[:, 0] - logits.logsumexp(-1)).exp().numpy(force=True)
+    total = logits.logsumexp(-1, keepdim=True)
+    top, first = logits.topk(min(OTHERS + 1, logits.shape[1]))
+    found = (logits.gather(1, index) - total).exp()[:, 0], first, (top - total).exp()
+    return tuple(part.numpy(force=True) for part in found)
 
 
 class DraftRounds:
@@ -66,21 +76,24 @@ class DraftRounds:
         self.policy: Policy | None = None  # once costs are measured
         self.spent = 0.0  # seconds that the last rounds took
         self._last_rows = 1  # of the last round
+        self._width = Width.FULL
 
     @property
     def widest(self) -> int:
         """Most rows that a request has in a round."""
-        return self.drafting.rows_per_request + self.drafting.budget + MAX_KNOWN
+        return self.drafting.rows_of(Width.FULL) + self.drafting.budget + MAX_KNOWN
 
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
         table = runner.input_batch.block_table[self.draft.kv_cache_gid]
         return min(int(table.num_blocks_per_row[row]) * table.block_size, self.draft.max_len)
 
-    def catch_up(self, runner: GPUModelRunner, behind: list[Behind], token_ids: np.ndarray) -> None:
-        """Fill draft KV that is too far behind for the rounds, in plain causal forwards.
+    def _catch_up(
+        self, runner: GPUModelRunner, behind: list[Behind], token_ids: np.ndarray, lag: int
+    ) -> None:
+        """Fill draft KV that is more than ``lag`` tokens behind, in plain causal forwards.
 
-        A request that does not speculate is kept up to date as well, less often: its blocks may
+        A request that is not drafted for is kept up to date as well, less often: its blocks may
         serve another request as a cached prefix.
         """
         cached = self.drafting.state.cached
@@ -88,7 +101,7 @@ class DraftRounds:
         room = self.max_rows
         for slot, row, end, in_prompt in behind:
             start, end = int(cached[slot]), min(end, self.capacity(runner, row))
-            if end - start <= (0 if in_prompt else MAX_KNOWN):
+            if end - start <= (0 if in_prompt else lag):
                 continue
             while start < end:
                 take = min(end - start, room)
@@ -116,32 +129,62 @@ class DraftRounds:
     def run(
         self,
         runner: GPUModelRunner,
+        behind: list[Behind],
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
         requests: dict[int, Sampled],
     ) -> None:
-        """Draft chains until every request has enough.
+        """Bring the draft model up to date, then draft chains until every request has enough.
 
-        Requests near the end of the draft model's context get none: the pool drafts for them.
+        Requests near the end of the draft model's context get none: the pool drafts for them. So
+        do those for which drafting does not pay.
 
         Args:
             runner: holds the block tables.
+            behind: all requests of the batch.
             slots: int64 [R], slots of the requests in ``drafting``.
             rows: int64 [R], their rows in the runner's batch.
             token_ids: int32 [*, max_model_len].
             requests: by slot, those that do more than take the argmax, with noise that drafting may
                 use up.
         """
-        assert self.sampler is not None
-        sampling = DraftSampling(self.sampler, runner, self.drafting, requests)
-        state, drafting = self.drafting.state, self.drafting
+        start = time.perf_counter()
+        self._catch_up(runner, behind, token_ids, MAX_KNOWN if self.policy is None else MAX_LAG)
+        state, drafting, batch = self.drafting.state, self.drafting, len(slots)
         able = state.known[slots] + drafting.budget < self.draft.max_len
-        able &= state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
-        start, self.spent = time.perf_counter(), 0.0
-        if not len(slots) or (self.policy is not None and not self.policy.drafts(len(slots))):
-            return
+        if self.policy is not None and len(slots):
+            self._width = self._affordable(self.policy, len(slots))
+            rows_of_round = self._expected_rows(len(slots), self._width)
+            chosen = self.policy.drafts(slots.tolist(), rows_of_round)
+            slots, rows = slots[chosen], rows[chosen]
+            drafted = set(slots.tolist())
+            late = [one for one in behind if one.slot in drafted]
+            self._catch_up(runner, late, token_ids, MAX_KNOWN)
+        able = state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
+        slots, rows = slots[able], rows[able]
+        begin = time.perf_counter()
+        if len(slots):
+            assert self.sampler is not None
+            sampling = DraftSampling(self.sampler, runner, self.drafting, requests)
+            self._run(runner, slots, rows, token_ids, sampling, batch)
+        end = time.perf_counter()
+        if self.policy is not None and len(slots):
+            self.policy.observe_drafting(end - begin)
+        self.spent = end - start
+
+    def _run(
+        self,
+        runner: GPUModelRunner,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+        sampling: DraftSampling,
+        batch: int,
+    ) -> None:
+        """Rounds for requests that are up to date, in a batch of so many."""
+        state = self.drafting.state
         most = max(1, self.max_rows // self.widest)
         going, where = slots, rows
         while len(going):
@@ -152,7 +195,7 @@ class DraftRounds:
             going, where = going[active], where[active]
             if self.policy is not None and len(going):
                 active = self.policy.goes_on(
-                    going, state.confidence[going], state.chain_len[going], self._last_rows
+                    going, state.confidence[going], state.chain_len[going], self._last_rows, batch
                 )
                 going, where = going[active], where[active]
         branching = (state.branches[slots] >= 0).any((1, 2))
@@ -161,7 +204,14 @@ class DraftRounds:
         for first in range(0, len(slots), most):
             part = slice(first, first + most)
             self._follow_branches(runner, slots[part], rows[part], sampling)
-        self.spent = time.perf_counter() - start
+
+    def _affordable(self, policy: Policy, requests: int) -> Width:
+        """The widest round that costs little more than one of the chain alone."""
+        rows = {width: self._expected_rows(requests, width) for width in Width}
+        return max(w for w in Width if policy.affords(requests, rows[w], rows[Width.CHAIN]))
+
+    def _expected_rows(self, requests: int, width: Width) -> int:
+        return requests * (2 + self.drafting.rows_of(width))
 
     def _round(
         self,
@@ -172,8 +222,9 @@ class DraftRounds:
         sampling: DraftSampling,
     ) -> None:
         """One masked draft forward for some requests."""
+        begin = time.perf_counter()
         with self.clock.phase("plan"):
-            out, total, wanted = self.drafting.plan(slots, rows, token_ids)
+            out, total, wanted = self.drafting.plan(slots, rows, token_ids, self._width)
         start = time.perf_counter()
         logits = self._logits(runner, rows, out, total, wanted)
         with self.clock.phase("choose"):
@@ -182,19 +233,48 @@ class DraftRounds:
             predicted[index] = greedy(logits)
             if sampling:
                 sampling.choose(slots, rows, out, logits, predicted)
-            confidence = None
-            if self.policy is not None:
-                assert self.policy.costs.draft is not None
-                self.policy.costs.draft.observe(total, time.perf_counter() - start)
-                confidence = np.zeros(total, np.float32)
-                confidence[index] = confidences(logits, predicted[index])
-        before = self.drafting.state.chain_len[slots].sum()
+        forward = time.perf_counter() - start
+        before = self.drafting.state.chain_len[slots]
         with self.clock.phase("absorb"):
-            self.drafting.absorb(slots, out, predicted, confidence)
+            self.drafting.absorb(slots, out, predicted)
         self._last_rows = total
         if self.policy is not None:
-            gained = self.drafting.state.chain_len[slots].sum() - before
-            self.policy.observe_round(float(gained) / len(slots))
+            with self.clock.phase("think"):
+                self._think(slots, before, index, logits, sampling)
+            gained = self.drafting.state.chain_len[slots] - before
+            self.policy.observe_round(float(gained.mean()))
+            self.policy.costs.observe_round(total, forward, time.perf_counter() - begin)
+
+    def _think(
+        self,
+        slots: np.ndarray,
+        before: np.ndarray,
+        rows: np.ndarray,
+        logits: torch.Tensor,
+        sampling: DraftSampling,
+    ) -> None:
+        """Note how sure the draft model is of the tokens of a round, and what else it thought of.
+
+        Args:
+            slots: int64 [R].
+            before: int32 [R], length of each chain before the round.
+            rows: int64 [M], rows of the round, ascending.
+            logits: [M, vocab] of those rows.
+            sampling: has other choices of its own for some requests.
+        """
+        state = self.drafting.state
+        gained = state.chain_len[slots] - before
+        owner = np.repeat(slots, gained)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(gained) - gained, gained)
+        at = np.repeat(before, gained) + within
+        tokens = state.chain[owner, at].astype(np.int64)
+        index = torch.from_numpy(np.searchsorted(rows, state.asked[owner, at])).to(logits.device)
+        state.confidence[owner, at], first, odds = thoughts(logits[index], tokens)
+        drawn = np.isin(owner, list(sampling.drawn))[:, None]
+        first = np.where((first == tokens[:, None]) | drawn, -1, first)
+        order = np.argsort(first < 0, axis=1, kind="stable")[:, : state.others.shape[2]]
+        state.others[owner, at] = np.take_along_axis(first, order, 1)
+        state.odds[owner, at] = np.take_along_axis(odds, order, 1)
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling

@@ -6,9 +6,12 @@ trees of the chains (`lengthening`), and after verification learns from them.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 
-from vllm_ouroboros.estimates import label
+from vllm_ouroboros.best_first import Ranked, grow_best
+from vllm_ouroboros.estimates import KINDS
 from vllm_ouroboros.lengthening import build_trees, learn
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
 from vllm_ouroboros.rounds import (
@@ -21,12 +24,26 @@ from vllm_ouroboros.rounds import (
 )
 from vllm_ouroboros.tree import DraftTree, depths, step_mask, walk
 
+FEW = 4
+"""Phrases of a round that carries few."""
+OTHERS = 3
+"""Tokens beside its own that the draft model may think of at a place of the chain."""
+
+
+class Width(IntEnum):
+    """What a round of drafting carries beside the chain."""
+
+    CHAIN = 0
+    PHRASES = 1  # the first few of the pool
+    FULL = 2  # all, and the Jacobi window
+
 
 class Drafting:
     """Drafts of up to ``max_requests`` requests, and the pool that feeds them.
 
     Sizes are those of `OuroborosConfig`; ``budget`` is the node budget of a tree, ``max_len`` the
-    positions that the draft model knows, ``stops`` the ids after which no draft goes on.
+    positions that the draft model knows, ``stops`` the ids after which no draft goes on; with
+    ``pairs`` the pool is fed two tokens in a row as keys as well.
     """
 
     def __init__(
@@ -40,14 +57,12 @@ class Drafting:
         window_size: int,
         max_len: int,
         stops: tuple[int, ...] = (),
+        pairs: bool = False,
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
-        guesses = pool.arrays.tokens.shape[1] * beta
-        self.pool, self.max_len = pool, max_len
+        self.pool, self.max_len, self.pairs = pool, max_len, pairs
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
-        self.rows_per_request = guesses + window_size * beta
-        """Guess and window rows of a request in a round, at most."""
         self.state = Requests(
             scope=np.zeros(size, np.int64),
             known=np.zeros(size, np.int32),
@@ -58,7 +73,10 @@ class Drafting:
             window=np.zeros((size, beta, window_size), np.int32),
             levels=np.zeros(size, np.int32),
             chain=np.zeros((size, budget), np.int32),
+            asked=np.zeros((size, budget), np.int32),
             confidence=np.zeros((size, budget), np.float32),
+            others=np.full((size, budget, OTHERS), -1, np.int32),
+            odds=np.zeros((size, budget, OTHERS), np.float32),
             chain_len=np.zeros(size, np.int32),
             done=np.zeros(size, np.bool_),
             narrow=np.zeros(size, np.bool_),
@@ -70,6 +88,17 @@ class Drafting:
             size=np.zeros(size, np.int32),
         )
         self._free = list(range(size - 1, -1, -1))
+
+    def carried(self, width: Width) -> tuple[int, int]:
+        """Columns of the window and phrases of the pool that a round carries for a request."""
+        columns, phrases = self.state.window.shape[2], self.pool.arrays.tokens.shape[1]
+        if width == Width.FULL:
+            return columns, phrases
+        return 0, min(FEW, phrases) if width == Width.PHRASES else 0
+
+    def rows_of(self, width: Width) -> int:
+        """Rows of a request in a round beside its chain, at most."""
+        return sum(self.carried(width)) * self.state.window.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -100,8 +129,9 @@ class Drafting:
         """Feed the pool what was committed since the last call; ``text[:length]`` is all of it."""
         fed = self.state.fed
         fed[slot] = insert_text(
-            self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source)
-        )
+            self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
+            self.pairs,
+        )  # fmt: skip
 
     def start(self, slot: int, known: int, limit: int, capacity: int, narrow: bool = False) -> None:
         """Begin a draft of at most ``limit`` nodes after ``known`` committed tokens.
@@ -118,20 +148,23 @@ class Drafting:
         state.narrow[slot] = narrow
         state.branches[slot] = state.follow[slot] = -1
 
-    def plan(self, slots, rows, token_ids) -> tuple[Round, int, int]:
+    def plan(self, slots, rows, token_ids, width: Width = Width.FULL) -> tuple[Round, int, int]:
         """Rows of the next round.
 
         Args:
             slots: int64 [R], requests that still draft.
             rows: int64 [R], their rows in ``token_ids``.
             token_ids: int32 [*, max_model_len], committed tokens.
+            width: what the round carries beside the chain.
 
         Returns:
             The round (its arrays may be longer than needed), the number of rows T, and the
             number M of rows whose prediction is needed.
         """
         known = self.state.known[slots] + self.state.chain_len[slots] - self.state.cached[slots]
-        out = _empty_round(int(known.sum()) + len(slots) * self.rows_per_request, len(slots))
+        columns, phrases = self.carried(width)
+        most = int(known.sum()) + len(slots) * self.rows_of(width)
+        out = _empty_round(most, len(slots), columns, phrases)
         total, wanted = plan_round(
             self.state, self.pool.arrays, slots, rows, token_ids, self.max_len, out
         )
@@ -151,17 +184,11 @@ class Drafting:
         total, wanted = plan_branches(self.state, slots, out, which)
         return out, total, which[:wanted]
 
-    def absorb(self, slots, out: Round, predicted, confidence=None) -> None:
-        """Extend the chains by the predictions int64 [T] of a round.
-
-        ``confidence`` float32 [T] is the draft model's probability of each prediction.
-        """
-        if confidence is None:
-            confidence = np.zeros(len(predicted), np.float32)
+    def absorb(self, slots, out: Round, predicted) -> None:
+        """Extend the chains by the predictions int64 [T] of a round."""
         absorb_round(
-            self.state, self.pool.arrays, slots, out, predicted, confidence, self.draft_tokens,
-            self.stops,
-        )  # fmt: skip
+            self.state, self.pool.arrays, slots, out, predicted, self.draft_tokens, self.stops
+        )
 
     def build(self, slots, rows, token_ids) -> None:
         """Make the trees of ``slots`` from their chains and the pool."""
@@ -179,13 +206,25 @@ class Drafting:
             self.state.sources[slot, :size].copy(),
         )
 
-    def labelled(self, slot: int) -> DraftTree:
-        """The same with the kinds of its nodes."""
-        tree, state = self.tree(slot), self.state
-        kinds = np.empty(len(tree.tokens), np.int32)
-        chain = min(int(state.chain_len[slot]), len(kinds))
-        label(tree.parents, tree.sources, chain, state.confidence[slot], kinds)
-        return tree._replace(kinds=kinds)
+    def grow(self, slots, rows, token_ids, rates, least: float, alone: bool = False):
+        """Make the trees of ``slots``, best nodes first; see `grow_best`.
+
+        Returns:
+            The trees, and float64 [n] for each what its nodes promise.
+        """
+        ranked = Ranked(
+            np.empty((len(slots), self.budget), np.int32), np.empty((len(slots), self.budget))
+        )
+        grow_best(
+            self.state, self.pool.arrays, slots, rows, token_ids, rates, least, self.stops, alone,
+            ranked,
+        )  # fmt: skip
+        sizes = self.state.size[slots].tolist()
+        trees = [
+            self.tree(slot)._replace(kinds=kinds[:n])
+            for slot, kinds, n in zip(slots.tolist(), ranked.kinds, sizes, strict=True)
+        ]
+        return trees, [p[:n] for p, n in zip(ranked.probabilities, sizes, strict=True)]
 
     def learn(self, slot: int, root: int, tree: DraftTree, predicted) -> None:
         """Turn a verified tree into phrases; ``predicted`` int32 [n + 1], the target per row."""
@@ -207,7 +246,7 @@ class Drafting:
             state.chain_len[slot] = 0
 
 
-def _empty_round(rows: int, requests: int) -> Round:
+def _empty_round(rows: int, requests: int, columns: int = 0, phrases: int = 0) -> Round:
     return Round(
         tokens=np.empty(rows, np.int32),
         parents=np.empty(rows, np.int32),
@@ -219,6 +258,8 @@ def _empty_round(rows: int, requests: int) -> Round:
         context_lens=np.empty(requests, np.int32),
         num_known=np.empty(requests, np.int32),
         num_guesses=np.empty(requests, np.int32),
+        columns=columns,
+        phrases=phrases,
     )
 
 
@@ -238,6 +279,7 @@ def warm_up() -> None:
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
     drafting.plan_branches(slots)
+    drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
     drafting.build(slots, slots, text)
     tree = drafting.tree(slot)
     size = len(tree.tokens)

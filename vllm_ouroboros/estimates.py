@@ -1,90 +1,90 @@
 """What each node of a tree promises: the probability that the target accepts it.
 
-A node's kind says who proposed it, where, and how sure the draft model was. For each kind the rate
-is estimated at which its nodes are right once their turn comes: the target reached the parent, and
-none of the siblings before them was right. Along a path these rates multiply to the probability
-that a node is accepted.
+A node's kind says what speaks for its token: how sure the draft model is of it, and what the pool
+knows. For each kind the rate is estimated at which its nodes are right once their turn comes: the
+target reached the parent, and none of the siblings before them was right. Along a path these rates
+multiply to the probability that a node is accepted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource
+from vllm_ouroboros.tree import ROOT, DraftTree
 
-_DRAFT = int(NodeSource.DRAFT)
-BINS = 10  # of the draft model's confidence, for tokens of the chain
-BRANCH, BRANCH_LATER = 10, 11
-END, END_LATER = 12, 15  # phrases at the chain's end: the first three, and further tokens
-START, START_LATER = 16, 19  # phrases at the root
-KINDS = 20
-PRIOR = np.array(
-    [(b + 0.5) / BINS for b in range(BINS)]
-    + [0.2, 0.4] + [0.35, 0.2, 0.1, 0.6] + [0.35, 0.2, 0.1, 0.6]
-)  # fmt: skip
-"""Rate of each kind before anything was seen."""
-PRIOR_WEIGHT, MEMORY = 8.0, 2000.0  # observations that the prior is worth, and that are remembered
+EDGES = np.array([0.06, 0.14, 0.28, 0.45, 0.62, 0.78, 0.92], np.float32)
+"""Bounds between the draft model's grades: its probability of a token, those before it being
+wrong."""
+UNLIKELY, BEYOND, ALONE = range(len(EDGES) + 1, len(EDGES) + 4)
+"""Grades of a token that is none of the draft model's first ones, that stands where the draft model
+was not asked, and that stands in a tree without any draft."""
+GRADES = ALONE + 1
+
+
+class Evidence(IntEnum):
+    """What the pool says for a token, from nothing to most."""
+
+    NONE = 0
+    GUESS = 1  # a phrase of the Jacobi window begins with it
+    GUESS_GOES_ON = 2  # it continues one whose tokens before it are on the path
+    OLD = 3  # a phrase from text that is not the newest one of its key
+    NEW = 4  # the newest
+    GOES_ON = 5  # it continues such a phrase
+    LONG_OLD = 6  # the same for phrases that two tokens lead to
+    LONG_NEW = 7
+    LONG_GOES_ON = 8
+
+
+KINDS = GRADES * len(Evidence)
+PRIOR_WEIGHT, MEMORY = 6.0, 0.998  # observations that the prior is worth; decay for each step
 REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for each of its steps
 
 
-def bins(confidence: np.ndarray) -> np.ndarray:
-    """Kinds int64 of tokens of a chain, by the draft model's probability of each."""
-    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+def _prior() -> np.ndarray:
+    grades = np.array([0.06, 0.2, 0.35, 0.5, 0.62, 0.72, 0.82, 0.93, 0.04])
+    alone = np.array([0.01, 0.1, 0.3, 0.05, 0.3, 0.45, 0.15, 0.7, 0.85])
+    speaks = np.array([0.0, 0.1, 0.3, 0.1, 0.6, 0.9, 0.5, 1.2, 1.6])
+    odds = np.log(grades / (1 - grades))[:, None] + speaks
+    return np.concatenate([1 / (1 + np.exp(-odds)), alone[None], alone[None]]).ravel()
+
+
+PRIOR = _prior()
+"""Rate float64 [KINDS] before anything was seen: the pool's word and the draft model's, as odds."""
 
 
 @njit(cache=True)
-def label(parents, sources, chain_len, confidence, kinds):
-    """Fill the kinds int32 [n] of a tree's nodes; a chain stands first, see `build_trees`.
+def grade(probability):
+    """Grade of a token by the draft model's probability."""
+    found = 0
+    for edge in EDGES:
+        if probability >= edge:
+            found += 1
+    return found
 
-    ``confidence`` [chain_len] is the draft model's probability of each token of the chain.
+
+@njit(cache=True)
+def kind_of(grade, evidence):
+    """Kind of a node."""
+    return grade * 9 + evidence
+
+
+@njit(cache=True)
+def observe(tokens, parents, kinds, text, turns, right):
+    """Count for each kind how many nodes had their turn, and how many were right.
+
+    ``text`` int32 [m] is what the target wrote; what it would have written behind is not known.
     """
-    size = parents.shape[0]
-    end = chain_len - 1
-    at_end, at_start = 0, 0
-    for i in range(size):
-        parent = parents[i]
-        if sources[i] == _DRAFT:
-            if i < chain_len:
-                kinds[i] = min(int(confidence[i] * BINS), BINS - 1)
-            else:
-                kinds[i] = BRANCH if parent < chain_len else BRANCH_LATER
-        elif parent == ROOT:
-            kinds[i] = START + min(at_start, 2)
-            at_start += 1
-        elif parent == end:
-            kinds[i] = END + min(at_end, 2)
-            at_end += 1
-        elif parent >= chain_len and END <= kinds[parent] <= END_LATER:
-            kinds[i] = END_LATER
-        else:
-            kinds[i] = START_LATER
-
-
-@njit(cache=True)
-def probabilities(parents, kinds, rates, result):
-    """Fill the probabilities float64 [n] that nodes are accepted, from the rates of kinds."""
-    left = np.ones(parents.shape[0] + 1)  # by row: that no child so far is right
-    for i in range(parents.shape[0]):
-        row = parents[i] + 1
-        reached = 1.0 if row == 0 else result[row - 1]
-        rate = rates[kinds[i]]
-        result[i] = reached * left[row] * rate
-        left[row] *= 1.0 - rate
-
-
-@njit(cache=True)
-def observe(tokens, parents, kinds, predicted, turns, right):
-    """Count for each kind how many nodes had their turn, and how many were right."""
     node = ROOT
-    while True:
+    for token in text:
         found = -1
         for child in range(node + 1, tokens.shape[0]):
             if parents[child] == node:
                 turns[kinds[child]] += 1
-                if tokens[child] == predicted[node + 1]:
+                if tokens[child] == token:
                     right[kinds[child]] += 1
                     found = child
                     break
@@ -95,7 +95,7 @@ def observe(tokens, parents, kinds, predicted, turns, right):
 
 @dataclass
 class Estimates:
-    """Rates of kinds, over all requests, and how requests differ from them.
+    """Rates of kinds, over many requests, and how one request differs from them.
 
     Attributes:
         turns: float64 [KINDS], nodes that had their turn, of late.
@@ -108,19 +108,36 @@ class Estimates:
     def rates(self, leaning: Leaning) -> np.ndarray:
         """Rates float64 [KINDS] for a request."""
         rates = (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
-        return np.clip(rates * leaning.factor, 0.005, 0.99)
+        return np.clip(rates * leaning.factor, 0.002, 0.99)
 
-    def learn(self, tree: DraftTree, predicted: np.ndarray, leaning: Leaning) -> None:
-        """A tree with kinds was verified; ``predicted`` [n + 1] is the target's token per row."""
+    def grades(self) -> np.ndarray:
+        """Rates float64 [GRADES] whatever the pool says."""
+        shape = (GRADES, len(Evidence))
+        turns, right = self.turns.reshape(shape).sum(1), self.right.reshape(shape).sum(1)
+        prior = PRIOR.reshape(shape)[:, Evidence.NONE]
+        return (right + PRIOR_WEIGHT * prior) / (turns + PRIOR_WEIGHT)
+
+    def learn(self, tree: DraftTree, text: np.ndarray, leaning: Leaning | None) -> float:
+        """The target wrote ``text`` int32 [m] where a tree with kinds was expected.
+
+        The leaning learns as well, unless it is None: from trees that were verified.
+
+        Returns:
+            How many nodes were right.
+        """
         turns, right = np.zeros(KINDS), np.zeros(KINDS)
-        observe(tree.tokens, tree.parents, tree.kinds, predicted, turns, right)
-        expected = (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
-        leaning.learn(float(right.sum()), float((turns * expected).sum()))
+        observe(tree.tokens, tree.parents, tree.kinds, text, turns, right)
+        if leaning is not None:
+            expected = (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
+            leaning.learn(float(right.sum()), float((turns * expected).sum()))
         self.turns += turns
         self.right += right
-        share = np.minimum(1.0, MEMORY / np.maximum(self.turns, 1.0))
-        self.turns *= share
-        self.right *= share
+        return float(right.sum())
+
+    def fade(self) -> None:
+        """A step went by: what is not seen again comes back to the prior, and is tried again."""
+        self.turns *= MEMORY
+        self.right *= MEMORY
 
 
 @dataclass
@@ -137,5 +154,10 @@ class Leaning:
 
     def learn(self, right: float, expected: float) -> None:
         """So many nodes were right in a step where so many were expected to be."""
-        self.right = REQUEST_MEMORY * self.right + right
-        self.expected = REQUEST_MEMORY * self.expected + expected
+        self.right += right
+        self.expected += expected
+
+    def fade(self) -> None:
+        """A step went by."""
+        self.right *= REQUEST_MEMORY
+        self.expected *= REQUEST_MEMORY

@@ -115,10 +115,8 @@ def learn(pool, scope, root, tokens, parents, sources, size, predicted):
             while length < beta:
                 phrase[length] = predicted[at + 1]
                 length += 1
-                child = at + 1
-                if child < size and parents[child] == at and tokens[child] == phrase[length - 1]:
-                    at = child
-                else:
+                at = child_of(tokens, parents, size, at, phrase[length - 1])
+                if at < 0:
                     break
             if length > 1:
                 insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION)

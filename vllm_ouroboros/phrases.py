@@ -21,6 +21,8 @@ import numpy as np
 from numba import njit
 
 WAYS = 8
+FIRST_PAIR = 2**31
+"""Keys below are tokens, those from here to 2^32 stand for two tokens in a row."""
 
 
 class PhraseSource(IntEnum):
@@ -38,7 +40,7 @@ _WINDOW = int(PhraseSource.WINDOW)
 class PoolArrays(NamedTuple):
     """State of a pool with S slots, G phrases a slot, β tokens a phrase."""
 
-    keys: np.ndarray  # int64 [S], scope << 32 | token, or -1
+    keys: np.ndarray  # int64 [S], scope << 32 | token or pair, or -1
     stamps: np.ndarray  # int64 [S], time of last use
     counts: np.ndarray  # int32 [S], phrases in the slot
     lengths: np.ndarray  # int32 [S, G], tokens of each phrase
@@ -150,15 +152,30 @@ def insert(pool, scope, token, phrase, start, length, source):
 
 
 @njit(cache=True)
-def insert_text(pool, scope, text, start, end, source):
+def pair_key(before, token):
+    """What stands for two tokens in a row where a key is a token: `FIRST_PAIR` or more."""
+    x = (np.uint64(before) << np.uint64(32)) | np.uint64(token)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(29)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    return np.int64(x >> np.uint64(33)) + FIRST_PAIR
+
+
+@njit(cache=True)
+def insert_text(pool, scope, text, start, end, source, pairs=False):
     """Feed ``text[start:end]``: each token becomes a key of what follows it, up to ``end``.
+
+    With ``pairs`` each two tokens in a row do so as well.
 
     Returns where the next call must start, so that the phrases which the end of the text cut
     short grow to β tokens once more text is known.
     """
     beta = pool.tokens.shape[2]
     for i in range(start, end - 1):
-        insert(pool, scope, text[i], text, i + 1, min(beta, end - 1 - i), source)
+        length = min(beta, end - 1 - i)
+        insert(pool, scope, text[i], text, i + 1, length, source)
+        if pairs and i > 0:
+            insert(pool, scope, pair_key(text[i - 1], text[i]), text, i + 1, length, source)
     return max(start, end - beta)
 
 

@@ -29,13 +29,14 @@ import numpy as np
 import safetensors.numpy
 from numba import njit
 
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource, PoolArrays, insert
+from vllm_ouroboros.phrases import FIRST_PAIR, PhrasePool, PhraseSource, PoolArrays, insert
 
 FORMAT = "vllm-ouroboros phrase pool"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
 
-# key token [m], length [m] and `PhraseSource` [m] of m phrases; their tokens [m, β], then zeros
+# key [m] (a token, or below zero what stands for two), length [m] and `PhraseSource` [m] of m
+# phrases; their tokens [m, β], then zeros
 _DTYPES = {"keys": "int32", "lengths": "int32", "sources": "int8", "tokens": "int32"}
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
 _TEMP_SUFFIX = ".ouroboros-tmp"
@@ -280,8 +281,10 @@ def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.
     keys, _, counts, lengths, sources, tokens = (column[order] for column in snapshot)
     tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
     held = np.arange(tokens.shape[1]) < counts[:, None]
-    held &= ((tokens >= 0) & (tokens < vocab_size)).all(2) & (keys < vocab_size)[:, None]
-    rows = np.broadcast_to(keys.astype(np.int32)[:, None], held.shape), lengths, sources, tokens
+    held &= ((tokens >= 0) & (tokens < vocab_size)).all(2)
+    held &= ((keys < vocab_size) | (keys >= FIRST_PAIR))[:, None]
+    signed = keys.astype(np.uint32).view(np.int32)
+    rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, tokens
     # backwards, since the first phrase of a slot is to be inserted last
     return {name: r[:, ::-1][held[:, ::-1]] for name, r in zip(_DTYPES, rows, strict=True)}
 
@@ -292,7 +295,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
     *columns, shape = (tensors[name].shape for name in _DTYPES)
     if kinds != _DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
         raise ValueError("other tensors than expected")
-    bounds = ((0, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
+    bounds = ((-FIRST_PAIR, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
     for name, (low, high) in zip(_DTYPES, bounds, strict=True):
         if ((tensors[name] < low) | (tensors[name] >= high)).any():
             raise ValueError(f"{name} out of range")
@@ -303,4 +306,5 @@ def _refill(pool, keys, lengths, sources, tokens):
     """Insert the rows of a file."""
     texts = tokens.ravel()
     for row in range(keys.shape[0]):
-        insert(pool, 0, keys[row], texts, row * tokens.shape[1], lengths[row], sources[row])
+        key = np.int64(keys[row]) & 0xFFFFFFFF
+        insert(pool, 0, key, texts, row * tokens.shape[1], lengths[row], sources[row])

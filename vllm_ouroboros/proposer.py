@@ -46,6 +46,7 @@ class Request:
     sampled: Sampled
     max_tokens: int
     tree: DraftTree | None = None
+    alone: DraftTree | None = None  # what it would be without the draft model
     origins: list[int] = field(default_factory=list)
 
 
@@ -77,6 +78,7 @@ class OuroborosProposer:
             window_size=config.window_size,
             max_len=self.draft.max_len if self.draft else self.max_model_len,
             stops=tuple(sorted(self.eos)),
+            pairs=config.adaptive,
         )
         self.requests: dict[str, Request] = {}
         self.scopes = Scopes(self.drafting.pool)
@@ -244,14 +246,15 @@ class OuroborosProposer:
                 root = int(token_ids[row, self.drafting.state.known[request.slot] - 1])
                 self.drafting.learn(request.slot, root, found.tree, found.predicted)
                 if self.policy is not None:
-                    self.policy.learn(request.slot, found.tree, found.predicted)
+                    text = np.array(tokens, np.int32)
+                    self.policy.learn(request.slot, found.tree, request.alone, text)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
             if self.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
-            request.tree = None
+            request.tree = request.alone = None
 
     def propose(
         self,
@@ -296,7 +299,6 @@ class OuroborosProposer:
                 requests=len(emitted),
                 tokens=sum(map(len, emitted)),
                 forwards=self.forward_seconds + spent,
-                drafted=spent > 0,
                 decoding=all(emitted),
             )
             self.policy.end_step(step, time.perf_counter())
@@ -326,30 +328,61 @@ class OuroborosProposer:
                 self.drafting.start(slot, length, limit, capacity, request.narrow)
                 slots.append(slot)
                 rows.append(row)
+                if self.policy is not None:
+                    self.policy.meet(slot, request.sampled.plain)
                 if self.rounds is not None and not request.sampled.plain:
                     sampled[slot] = request.sampled.ahead()
         slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
         if self.rounds is not None:
-            self.rounds.catch_up(runner, behind, token_ids_cpu)
-            self.rounds.run(runner, slot_array, row_array, token_ids_cpu, sampled)
+            self.rounds.run(runner, behind, slot_array, row_array, token_ids_cpu, sampled)
         with self.clock.phase("build"):
-            self.drafting.build(slot_array, row_array, token_ids_cpu)
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-            state = self.drafting.state
-            alike = len(slots) == len(drafts) and not state.narrow[slot_array].any()
-            alike = alike and bool((state.limit[slot_array] == self.budget).all())
-            wanted = 0
             if self.policy is not None:
-                trees = [self.drafting.labelled(slot) for slot in slots]
-                trees = self.policy.select(trees, slots, self.rounds.spent if self.rounds else 0.0)
+                trees = self._best_trees(
+                    self.policy, slot_array, row_array, token_ids_cpu, len(drafts)
+                )
             else:
-                trees = [self.drafting.tree(slot) for slot in slots]
-                wanted = runner.nodes_wanted(len(drafts)) if alike else 0
+                trees = self._whole_trees(slot_array, row_array, token_ids_cpu, len(drafts))
             for row, tree in zip(rows, trees, strict=True):
-                tree = tree.padded(wanted)
                 self.requests[batch.req_ids[row]].tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts
+
+    def _whole_trees(
+        self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, requests: int
+    ) -> list[DraftTree]:
+        """Trees as large as they may be, and alike if a graph wants that."""
+        state = self.drafting.state
+        self.drafting.build(slots, rows, token_ids)
+        alike = len(slots) == requests and not state.narrow[slots].any()
+        alike = alike and bool((state.limit[slots] == self.budget).all())
+        wanted = self.runner.nodes_wanted(requests) if alike else 0
+        return [self.drafting.tree(slot).padded(wanted) for slot in slots.tolist()]
+
+    def _best_trees(
+        self,
+        policy: Policy,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+        requests: int,
+    ) -> list[DraftTree]:
+        """Trees of those nodes that are worth their rows."""
+        if not len(slots):
+            return []
+        rates, least = policy.rates(slots.tolist()), policy.least(requests)
+        drafting, ids = self.drafting, self.runner.input_batch.req_ids
+        drafted = np.flatnonzero(drafting.state.chain_len[slots])
+        # first without what the draft model said, to see what it is worth
+        alone, promised = drafting.grow(
+            slots[drafted], rows[drafted], token_ids, rates[drafted], least, alone=True
+        )
+        trees, probabilities = drafting.grow(slots, rows, token_ids, rates, least)
+        worth = policy.row_worth(requests)
+        for i, tree, p in zip(drafted.tolist(), alone, promised, strict=True):
+            self.requests[ids[rows[i]]].alone = tree.prefix(int((p > worth).sum()))
+        sizes = policy.sizes(probabilities, requests)
+        return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 
     def _computed(self, req_id: str, row: int) -> int:
         """Tokens of a request that the target has in its KV cache after this step."""

@@ -39,7 +39,10 @@ class Requests(NamedTuple):
     window: np.ndarray  # int32 [S, β, W]
     levels: np.ndarray  # int32 [S], filled levels of the window, 0 before the first round
     chain: np.ndarray  # int32 [S, B]
+    asked: np.ndarray  # int32 [S, B], row of its round that predicted each chain token
     confidence: np.ndarray  # float32 [S, B], the draft model's probability of each chain token
+    others: np.ndarray  # int32 [S, B, A], its next best tokens at each place, or -1
+    odds: np.ndarray  # float32 [S, B, A], its probabilities of them
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
     narrow: np.ndarray  # bool [S], the tree must be a chain
@@ -68,12 +71,14 @@ class Round(NamedTuple):
     context_lens: np.ndarray  # int32 [R], tokens in the KV cache before the step
     num_known: np.ndarray  # int32 [R]
     num_guesses: np.ndarray  # int32 [R]
+    columns: int  # of the window: W or 0
+    phrases: int  # of the pool that a request guesses with, at most
 
 
 @njit(cache=True)
 def plan_round(req, pool, slots, rows, token_ids, max_len, out):
     """Lay out the rows of a round; returns (T, M)."""
-    beta, columns = req.window.shape[1], req.window.shape[2]
+    beta, columns = req.window.shape[1], out.columns
     total = 0
     wanted = 0
     scratch = np.empty(out.tokens.shape[0], np.int32)
@@ -99,7 +104,7 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
         guesses = 0
         if slot >= 0:
             budget = pool.tokens.shape[1] * beta
-            for g in range(pool.counts[slot]):
+            for g in range(min(out.phrases, pool.counts[slot])):
                 guesses, _ = grow(
                     out.tokens[g0:], out.guesses[g0:], scratch, guesses, budget,
                     ROOT, pool.tokens[slot, g], 0, pool.lengths[slot, g], _SUFFIX,
@@ -183,12 +188,12 @@ def plan_branches(req, slots, out, which):
 
 
 @njit(cache=True)
-def _extend(req, s, token, confidence, stops):
+def _extend(req, s, token, row, stops):
     """Append one token to a chain; False when the chain takes no more."""
     if req.done[s]:
         return False
     req.chain[s, req.chain_len[s]] = token
-    req.confidence[s, req.chain_len[s]] = confidence
+    req.asked[s, req.chain_len[s]] = row
     req.chain_len[s] += 1
     for stop in stops:
         if token == stop:
@@ -199,13 +204,13 @@ def _extend(req, s, token, confidence, stops):
 
 
 @njit(cache=True)
-def absorb_round(req, pool, slots, out, predicted, confidence, draft_tokens, stops):
+def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
     """Extend the chains by the predictions of a round, and take phrases from the window.
 
     Tokens of accepted guess rows get their KV as known rows of the next forward: a row more there
     is cheaper than moving entries layer by layer.
     """
-    beta, columns = req.window.shape[1], req.window.shape[2]
+    beta, columns = req.window.shape[1], out.columns
     path = np.empty(pool.tokens.shape[1] * beta + 1, np.int32)
     fresh = np.empty(columns, np.int32)
     phrase = np.empty(beta, np.int32)
@@ -220,16 +225,15 @@ def absorb_round(req, pool, slots, out, predicted, confidence, draft_tokens, sto
         req.cached[s] = min(req.known[s] + req.chain_len[s], req.capacity[s])
         node = ROOT
         for i in range(accepted):
-            sure = confidence[current + 1 + node]
-            if not _extend(req, s, out.tokens[g0 + path[i]], sure, stops):
+            if not _extend(req, s, out.tokens[g0 + path[i]], current + 1 + node, stops):
                 break
             node = path[i]
-        _extend(req, s, predicted[current + 1 + node], confidence[current + 1 + node], stops)
+        _extend(req, s, predicted[current + 1 + node], current + 1 + node, stops)
         if req.chain_len[s] >= draft_tokens:
             req.done[s] = True
 
         levels = req.levels[s]
-        if levels == 0:
+        if levels == 0 or columns == 0:
             continue
         tail = out.query_start_loc[r + 1]
         for j in range(columns):

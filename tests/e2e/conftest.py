@@ -185,10 +185,15 @@ def _ouroboros_engines() -> Iterator[Engines]:
 
 @pytest.fixture(scope="session")
 def ouroboros(_ouroboros_engines):
-    """Call with ``nodes``, ``options`` and engine arguments; returns a live ``LLM``."""
+    """Call with ``nodes``, ``options`` and engine arguments; returns a live ``LLM``.
+
+    It drafts and verifies all it may, unless the options say otherwise: for models as small as
+    these it would not pay, and what is tested must not depend on what forwards cost here.
+    """
 
     def start(nodes: int = 26, options: dict | None = None, **arguments):
-        options = {"draft_model": str(PAIR / "draft"), **(options or {})}
+        fixed = {"draft_model": str(PAIR / "draft"), "adaptive": False}
+        options = {**fixed, **(options or {})}
         return _ouroboros_engines.get(
             **{
                 **BASE,

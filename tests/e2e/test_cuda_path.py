@@ -43,12 +43,21 @@ CASES = (
             "draft_tokens": 4,
             "window_size": 3,
             "guess_set_size": 2,
+            "adaptive": False,
         },
         1,
         10,  # drafts take long in the interpreter
         {"tree", "static", "replays", "walks"},
     ),
-    Case("a batch without a draft model", 12, {"draft_model": None}, 3, 24, {"tree", "walks"}),
+    Case(
+        "a batch without a draft model",
+        12,
+        {"draft_model": None, "adaptive": False},
+        3,
+        24,
+        {"tree", "walks"},
+    ),
+    Case("adaptive", 8, {"draft_model": None}, 2, 24, {"tree", "walks"}),
 )
 
 

@@ -22,6 +22,7 @@ MAX_TOKENS = 5  # more than are looked at, so that trees of three nodes fit behi
 KINDS = {"temperature 1": ({}, 20_000), "top_p 0.8": ({"top_p": 0.8}, 10_000)}
 SMALL = {
     "draft_tokens": 2, "window_size": 2, "phrase_len": 2, "guess_set_size": 2, "num_suffixes": 1,
+    "adaptive": False,
 }  # fmt: skip
 
 # The engine lives in the process of this script: it has all requests before its first step, so that

@@ -179,6 +179,7 @@ class FakeLLM:
 
     def generate(self, prompts: list[str], params: Any, use_tqdm: bool) -> list[Any]:
         self.log.append((prompts, params.max_tokens))
+        self.past_the_end = params.ignore_eos
         self.drafts += len(prompts)
         times = SimpleNamespace(first_token_latency=0.5, first_token_ts=1.0, last_token_ts=3.0)
         ids = [SimpleNamespace(token_ids=[ord(p[0]), 1, 2]) for p in prompts]
@@ -220,7 +221,9 @@ def test_a_run_of_our_engine() -> None:
     assert (result.first, result.each) == ([0.5] * 3, [1.0] * 3)
     assert result.counters == {"drafts": 3, "engine_steps": 6, "steps": 30}
     llm.log.clear()
-    engine.run(RunSpec(("a",), 2, 8, "cold", ()), done.append)
+    assert not llm.past_the_end
+    engine.run(RunSpec(("a",), 2, 8, "cold", (), ignore_eos=True), done.append)
+    assert llm.past_the_end
     assert llm.log[:2] == ["ouroboros_reset_pool", "ouroboros_stats"]  # warm already
 
 

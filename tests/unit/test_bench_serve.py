@@ -83,8 +83,9 @@ def measure(monkeypatch: pytest.MonkeyPatch, server: str, client: str) -> Any:
         bench_serve, "client_command", lambda *_: [sys.executable, "-c", client]
     )  # fmt: skip
     return bench_serve.measure(
-        SPEC, prompts=["a", "b"], others=["x"], rate=1.0, max_tokens=8, timeout=20, verbose=False
-    )
+        SPEC, prompts=["a", "b"], others=["x"], rate=1.0, max_tokens=8, ignore_eos=True,
+        timeout=20, verbose=False,
+    )  # fmt: skip
 
 
 def test_a_server_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def test_the_defaults_work_alone() -> None:
     assert config.draft_model is None
     assert config.pool_path is None
     assert config.pool_scope == "global"
-    assert config.adaptive is False
+    assert config.adaptive is True
     config.check_budget(26)  # what the README passes
     for key, (low, high) in BOUNDS.items():
         assert low <= getattr(config, key) <= high

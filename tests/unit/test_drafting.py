@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.drafting import Drafting, Width
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource
 from vllm_ouroboros.tree import DraftTree, NodeSource
 
@@ -120,7 +120,7 @@ class World:
             life.check_kv()
             parents = out.parents[first:end]
             assert (parents < np.arange(end - first)).all()
-            most = out.num_known[r] + drafting.rows_per_request
+            most = out.num_known[r] + drafting.rows_of(Width.FULL)
             assert end - first <= most
             known, guesses = int(out.num_known[r]), int(out.num_guesses[r])
             for i in range(end - first):

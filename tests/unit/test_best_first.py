@@ -1,0 +1,259 @@
+"""Trees that grow best nodes first, against a plain-Python reading of what they should be."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ouroboros.best_first import DRAWN
+from vllm_ouroboros.drafting import OTHERS, Drafting
+from vllm_ouroboros.estimates import ALONE, BEYOND, KINDS, UNLIKELY, Evidence, grade
+from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text, pair_key
+from vllm_ouroboros.tree import ROOT, NodeSource
+
+from .fakes import node_paths
+
+
+class Child(NamedTuple):
+    """A node that may be taken: what speaks for it, and what leads on from it."""
+
+    token: int
+    grade: int
+    evidence: int = Evidence.NONE
+    rest: tuple[int, ...] = ()  # of the phrase that speaks for it most
+    place: int | None = None  # in the chain
+    follow: int = -1
+
+
+def thoughts(world, slot: int, node: Child) -> list[Child]:
+    """What the draft model puts behind a node."""
+    state = world.drafting.state
+    if node.follow >= 0:
+        return [Child(node.follow, grade(DRAWN[0]))]
+    if world.alone or node.place is None or node.place + 1 >= state.chain_len[slot]:
+        return []
+    at = node.place + 1
+    sure = float(state.confidence[slot, at])
+    found, left = [Child(int(state.chain[slot, at]), grade(sure), place=at)], 1 - sure
+    for k in range(OTHERS):
+        token, odds = int(state.others[slot, at, k]), float(state.odds[slot, at, k])
+        found.append(Child(token, grade(min(1, odds / max(left, 1e-6)))))
+        left -= odds * (token >= 0)
+    for k in range(state.branches.shape[2] if at < state.branches.shape[1] else 0):
+        token, follow = int(state.branches[slot, at, k]), int(state.follow[slot, at, k])
+        found.append(Child(token, grade(DRAWN[k]), follow=follow))
+    return [child for child in found if child.token >= 0]
+
+
+def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
+    """All that may stand behind a node, at the end of ``text``."""
+    pool, scope = world.drafting.pool, int(world.drafting.state.scope[slot])
+    thought = thoughts(world, slot, node)
+    unknown = UNLIKELY if thought and node.place is not None else BEYOND
+    if world.alone or not world.drafting.state.chain_len[slot]:
+        unknown = ALONE
+    on = (Evidence.GUESS_GOES_ON, Evidence.GOES_ON, Evidence.LONG_GOES_ON)
+    known = [(min(e for e in on if e >= node.evidence), node.rest)] if node.rest else []
+    keys = [(pair_key(text[-2], text[-1]), Evidence.LONG_OLD)] if len(text) > 1 else []
+    for key, old in [*keys, (text[-1], Evidence.OLD)]:
+        at = pool.arrays.keys == (scope << 32 | key)
+        for g, phrase in enumerate(pool.lookup(key, scope)):
+            guess = pool.arrays.sources[at][0, g] == PhraseSource.WINDOW
+            known.append((Evidence.GUESS if guess else old + (g == 0), phrase))
+    found: dict[int, Child] = {}
+    for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
+        there = found.setdefault(child.token, child)
+        if child.evidence > there.evidence:
+            found[child.token] = there._replace(evidence=child.evidence, rest=child.rest)
+    return list(found.values())
+
+
+def reference(world, r: int, like) -> list[tuple]:
+    """A tree as `grown` gives it; ``like`` decides between what only rounding tells apart."""
+    state, slot, rates = world.drafting.state, int(world.slots[r]), world.rates[r]
+    text = world.token_ids[world.rows[r], : state.known[slot]].tolist()
+    waiting, taken = [], []
+    node, parent, left = Child(-1, 0, place=-1), ROOT, 1.0
+    while len(taken) < state.limit[slot]:
+        found = [] if node.token in world.drafting.stops else children(world, slot, node, text)
+        kinds = [child.grade * len(Evidence) + child.evidence for child in found]
+        for kind, child in sorted(zip(kinds, found, strict=True), key=lambda one: -rates[one[0]]):
+            probability = left * rates[kind]
+            left -= probability
+            if probability >= world.least:
+                waiting.append((probability, parent, kind, child, text))
+        if not waiting:
+            break
+        hint = like[len(taken) :][:1]
+        nudged = [one[0] * (1 + 1e-9 * ((one[3].token, one[1]) in hint)) for one in waiting]
+        left, above, kind, node, text = waiting.pop(int(np.argmax(nudged)))
+        waiting = [] if state.narrow[slot] else waiting
+        parent, text = len(taken), [*text, node.token]
+        source = NodeSource.DRAFT if node.grade < UNLIKELY else NodeSource.SUFFIX
+        taken.append((node.token, above, source, kind, left))
+    return taken
+
+
+def world_of(pool: PhrasePool, text=((1, 2),), budget: int = 16, stops: tuple[int, ...] = ()):
+    """A request whose every node is as likely as not."""
+    drafting = Drafting(
+        pool, max_requests=4, budget=budget, draft_tokens=4, num_suffixes=2, window_size=2,
+        max_len=64, stops=stops, pairs=True,
+    )  # fmt: skip
+    drafting.start(0, 2, budget, 64)
+    return SimpleNamespace(
+        drafting=drafting, slots=np.zeros(1, np.int64), rows=np.zeros(1, np.int64), alone=False,
+        token_ids=np.array(text, np.int32), rates=np.full((1, KINDS), 0.5), least=0.004,
+    )  # fmt: skip
+
+
+@st.composite
+def worlds(draw, budget: int):
+    """Some requests with what was drafted for them, and a pool that knows their language."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    vocab, requests = draw(st.integers(2, 12)), draw(st.integers(1, 3))
+    pool = PhrasePool(int(rng.choice([16, 512])), *rng.integers(1, 4, 2).tolist())
+    stops = draw(st.sampled_from([(), (), (1,), (0, 5)]))
+    world = world_of(pool, rng.integers(0, vocab, (4, 64)), budget, stops)
+    world.slots, world.rows = rng.permutation(4)[:requests], rng.permutation(4)[:requests]
+    world.rates = rng.uniform(0.01, draw(st.sampled_from([0.4, 0.99])), (requests, KINDS))
+    world.least, world.alone = draw(st.sampled_from([0.004, 0.02, 0.1])), draw(st.booleans())
+    state = world.drafting.state
+    state.scope[:] = draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 1, 2**31 - 1)]))
+    for scope in set(state.scope.tolist()):
+        text = rng.integers(0, vocab, draw(st.sampled_from([0, 8, 40]))).astype(np.int32)
+        insert_text(pool.arrays, scope, text, 0, len(text), int(PhraseSource.HISTORY), True)
+        for _ in range(draw(st.sampled_from([0, 5, 20]))):
+            phrase = rng.integers(0, vocab, rng.integers(1, 5))
+            pool.insert(int(rng.integers(vocab)), phrase, PhraseSource.WINDOW, scope)
+    for slot in world.slots.tolist():
+        limit = draw(st.sampled_from([0, 1, budget // 2, budget, budget + 3]))
+        world.drafting.start(slot, int(rng.integers(1, 40)), limit, 64, rng.random() < 0.3)
+        state.chain_len[slot] = rng.integers(budget)
+        state.chain[slot] = rng.integers(0, vocab, budget)
+        state.confidence[slot] = rng.random(budget) ** draw(st.sampled_from([0.2, 1, 3]))
+        if draw(st.booleans()):
+            state.others[slot] = rng.integers(-1, vocab, (budget, OTHERS))
+            state.odds[slot] = rng.random((budget, OTHERS)) * (1 - state.confidence[slot, :, None])
+        if draw(st.booleans()):
+            for branches in (state.branches, state.follow):
+                branches[slot] = rng.integers(-1, vocab, branches[slot].shape)
+    return world
+
+
+def grown(world):
+    """Trees, and for each its nodes: token, parent, source, kind, probability."""
+    trees, probabilities = world.drafting.grow(
+        world.slots, world.rows, world.token_ids, world.rates, world.least, world.alone
+    )
+    pairs = zip(trees, probabilities, strict=True)
+    return trees, [[*zip(*(a.tolist() for a in (*t, p)), strict=True)] for t, p in pairs]
+
+
+@given(world=worlds(budget=24))
+@settings(max_examples=120, deadline=None)
+def test_nodes_stand_in_the_order_of_their_probability(world) -> None:
+    state, stops = world.drafting.state, world.drafting.stops
+    trees, nodes = grown(world)
+    for slot, tree, rows in zip(world.slots, trees, nodes, strict=True):
+        paths = node_paths(tree)
+        assert len(set(paths)) == len(paths) <= state.limit[slot] <= 24
+        assert not any(token in stops for path in paths for token in path[:-1])
+        assert tree.is_chain or not state.narrow[slot]
+        left = {ROOT: 1.0} | {i: row[-1] for i, row in enumerate(rows)}
+        assert sorted(left.values(), reverse=True) == [1.0, *(row[-1] for row in rows)]
+        for _, parent, source, kind, probability in rows:
+            assert world.least <= probability <= left[parent] + 1e-12, "more than is left for it"
+            left[parent] -= probability
+            assert (source == NodeSource.DRAFT) == (kind // len(Evidence) < UNLIKELY)
+    state.limit[world.slots] //= 2
+    halves = state.limit[world.slots].tolist()
+    assert grown(world)[1] == [rows[:n] for rows, n in zip(nodes, halves, strict=True)]
+
+
+@given(world=worlds(budget=9))
+@settings(max_examples=250, deadline=None)
+def test_a_tree_is_the_one_of_the_specification(world) -> None:
+    for r, nodes in enumerate(grown(world)[1]):
+        expected = reference(world, r, [node[:2] for node in nodes])
+        assert [node[:-1] for node in nodes] == [node[:-1] for node in expected]
+        assert [node[-1] for node in nodes] == pytest.approx([node[-1] for node in expected])
+
+
+@given(world=worlds(budget=16))
+@settings(max_examples=60, deadline=None)
+def test_alone_the_pool_knows_nothing_of_the_draft(world) -> None:
+    world.alone = True
+    _, alone = grown(world)
+    assert {node[3] // len(Evidence) for nodes in alone for node in nodes} <= {ALONE}
+    world.alone, world.drafting.state.chain_len[:] = False, 0
+    assert grown(world)[1] == alone
+
+
+def looked(world) -> dict[tuple[int, ...], tuple[int, int, int]]:
+    """Grade, evidence and source of each path."""
+    [tree], [nodes] = grown(world)
+    found = [(*divmod(kind, len(Evidence)), source) for _, _, source, kind, _ in nodes]
+    return dict(zip(node_paths(tree), found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "key, source, newer, expected",
+    [
+        (2, PhraseSource.PROMPT, [], "NEW GOES_ON GOES_ON"),
+        (2, PhraseSource.HISTORY, [9], "OLD GOES_ON GOES_ON"),
+        (2, PhraseSource.WINDOW, [], "GUESS GUESS_GOES_ON GUESS_GOES_ON"),
+        (pair_key(1, 2), PhraseSource.HISTORY, [], "LONG_NEW LONG_GOES_ON LONG_GOES_ON"),
+        (pair_key(1, 2), PhraseSource.PROMPT, [9], "LONG_OLD LONG_GOES_ON LONG_GOES_ON"),
+    ],
+)
+def test_a_phrase_goes_on_token_by_token(key, source, newer, expected) -> None:
+    pool = PhrasePool(64, 3, 4)
+    pool.insert(key, [3, 4, 5], source)
+    pool.insert(key, newer, PhraseSource.HISTORY)
+    found = looked(world_of(pool))
+    assert [Evidence(found[(3, 4, 5)[:n]][1]).name for n in (1, 2, 3)] == expected.split()
+    assert {(grade, source) for grade, _, source in found.values()} <= {(ALONE, NodeSource.SUFFIX)}
+
+
+def test_who_thought_of_a_token_and_a_branch_that_brings_what_follows_it() -> None:
+    pool = PhrasePool(64, 3, 4)
+    for key, phrase in ((2, [5]), (5, [11]), (6, [12]), (8, [13])):
+        pool.insert(key, phrase, PhraseSource.HISTORY)
+    world = world_of(pool)
+    state, draft, suffix = world.drafting.state, NodeSource.DRAFT, NodeSource.SUFFIX
+    state.chain_len[0], state.chain[0, :2], state.confidence[0, :2] = 2, (5, 6), (0.9, 0.3)
+    state.others[0, 0, 0], state.odds[0, 0, 0] = 7, 0.08
+    state.branches[0, 0, 0], state.follow[0, 0, 0] = 8, 9
+    assert looked(world) == {
+        (5,): (grade(0.9), Evidence.NEW, draft),
+        (7,): (grade(0.8), Evidence.NONE, draft),
+        (8,): (grade(DRAWN[0]), Evidence.NONE, draft),
+        (5, 6): (grade(0.3), Evidence.NONE, draft),
+        (5, 11): (UNLIKELY, Evidence.NEW, suffix),
+        (5, 6, 12): (BEYOND, Evidence.NEW, suffix),
+        (8, 9): (grade(DRAWN[0]), Evidence.NONE, draft),
+        (8, 13): (BEYOND, Evidence.NEW, suffix),
+    }
+
+
+def test_limits_stops_and_narrow_requests() -> None:
+    pool = PhrasePool(64, 3, 1)
+    for key, token in ((2, 4), (2, 3), (3, 6), (3, 5), (4, 7)):
+        pool.insert(key, [token], PhraseSource.HISTORY)
+    for limit, narrow, stops, expected in (
+        (4, False, (), [(3,), (4,), (3, 5), (3, 6)]),
+        (16, True, (), [(3,), (3, 5)]),
+        (16, False, (3,), [(3,), (4,), (4, 7)]),
+        (0, False, (), []),
+    ):
+        world = world_of(pool, stops=stops)
+        world.drafting.start(0, 2, limit, 64, narrow)
+        assert list(looked(world)) == expected
+    world.slots, world.rows, world.rates = world.slots[:0], world.rows[:0], world.rates[:0]
+    assert grown(world) == ([], [])

@@ -1,0 +1,217 @@
+"""Trees that grow where they promise most (compiled).
+
+From the root on, the node most likely to be accepted is taken next, whoever proposed it: the draft
+model's chain, its other choices beside the chain, and phrases of the pool anywhere. So the nodes of
+a tree stand in descending order of their probability, and its first n are the best tree of n
+nodes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from vllm_ouroboros.estimates import ALONE, BEYOND, UNLIKELY, Evidence, grade, kind_of
+from vllm_ouroboros.phrases import FIRST_PAIR, PhraseSource, find, pair_key
+from vllm_ouroboros.tree import ROOT, NodeSource
+
+_DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
+_WINDOW = int(PhraseSource.WINDOW)
+_GUESS, _GUESS_ON = int(Evidence.GUESS), int(Evidence.GUESS_GOES_ON)
+_OLD, _NEW, _ON = int(Evidence.OLD), int(Evidence.NEW), int(Evidence.GOES_ON)
+_LONG = int(Evidence.LONG_OLD) - _OLD
+FRONT = 256  # nodes that wait to be taken, at most
+CHILDREN = 32  # of a node, at most
+DRAWN = (0.45, 0.25, 0.15, 0.1)
+"""What branches of a request that samples are taken for, by rank; the last one also for what
+follows them."""
+
+
+class Ranked(NamedTuple):
+    """Trees of R requests with up to B nodes, best nodes first."""
+
+    kinds: np.ndarray  # int32 [R, B]
+    probabilities: np.ndarray  # float64 [R, B]
+
+
+class _Front(NamedTuple):
+    """Nodes that wait: one column each."""
+
+    probability: np.ndarray  # float64 [F]
+    columns: np.ndarray  # int32 [F, 9], see the constants below
+
+
+# columns of a waiting node; the children of a node have the same ones
+_TOKEN, _GRADE, _EVIDENCE, _CHAIN, _FOLLOW, _SLOT, _PHRASE, _PLACE, _PARENT = range(9)
+
+
+@njit(cache=True)
+def _offer(children, count, token, grade_, evidence, slot, phrase, place):
+    """Add a child, or what the pool says for one that is there; returns how many there are."""
+    for i in range(count):
+        if children[i, _TOKEN] == token:
+            if evidence > children[i, _EVIDENCE]:
+                children[i, _EVIDENCE] = evidence
+                children[i, _SLOT], children[i, _PHRASE] = slot, phrase
+                children[i, _PLACE] = place
+            return count
+    if count == children.shape[0]:
+        return count
+    children[count, _TOKEN], children[count, _GRADE] = token, grade_
+    children[count, _EVIDENCE] = evidence
+    children[count, _CHAIN] = children[count, _FOLLOW] = -1
+    children[count, _SLOT], children[count, _PHRASE] = slot, phrase
+    children[count, _PLACE] = place
+    return count + 1
+
+
+@njit(cache=True)
+def _from_draft(req, s, chain_at, follow, children):
+    """The draft model's children of a node: its own token, then its other choices."""
+    count = 0
+    at = chain_at + 1
+    if 0 <= at < req.chain_len[s]:
+        sure = req.confidence[s, at]
+        count = _offer(children, 0, req.chain[s, at], grade(sure), 0, -1, 0, 0)
+        children[0, _CHAIN] = at
+        left = 1.0 - sure
+        for k in range(req.others.shape[2]):
+            if req.others[s, at, k] >= 0:
+                odds = req.odds[s, at, k]
+                share = min(1.0, odds / max(left, 1e-6))
+                count = _offer(children, count, req.others[s, at, k], grade(share), 0, -1, 0, 0)
+                left -= odds
+        if at < req.branches.shape[1]:
+            for k in range(req.branches.shape[2]):
+                if req.branches[s, at, k] >= 0:
+                    before = count
+                    count = _offer(
+                        children, count, req.branches[s, at, k], grade(DRAWN[k]), 0, -1, 0, 0
+                    )
+                    if count > before:
+                        children[before, _FOLLOW] = req.follow[s, at, k]
+    elif follow >= 0:
+        count = _offer(children, 0, follow, grade(DRAWN[0]), 0, -1, 0, 0)
+    return count
+
+
+@njit(cache=True)
+def _from_pool(pool, scope, before, token, unknown, going, children, count):
+    """The pool's children of a node that ``before`` and ``token`` lead to.
+
+    ``going`` is the slot, number and next place of the phrase that led here, slot -1 for none.
+    """
+    slot, g, place = going
+    if slot >= 0 and place < pool.lengths[slot, g]:
+        evidence = _ON
+        if pool.sources[slot, g] == _WINDOW:
+            evidence = _GUESS_ON
+        elif pool.keys[slot] & FIRST_PAIR:
+            evidence += _LONG
+        count = _offer(
+            children, count, pool.tokens[slot, g, place], unknown, evidence, slot, g, place + 1
+        )
+    for long in range(1, -1, -1):
+        if long and before < 0:
+            continue
+        slot = find(pool, scope, pair_key(before, token) if long else token)
+        if slot < 0:
+            continue
+        for g in range(pool.counts[slot]):
+            evidence = _NEW if g == 0 else _OLD
+            if pool.sources[slot, g] == _WINDOW:
+                evidence = _GUESS
+            elif long:
+                evidence += _LONG
+            count = _offer(children, count, pool.tokens[slot, g, 0], unknown, evidence, slot, g, 1)
+    return count
+
+
+@njit(cache=True)
+def _wait(front, waiting, children, count, parent, reached, rates, least):
+    """Put the children of a node among those that wait, by what is left for each."""
+    left = reached
+    rate = np.empty(count)
+    for i in range(count):
+        rate[i] = rates[kind_of(children[i, _GRADE], children[i, _EVIDENCE])]
+    for i in np.argsort(-rate, kind="mergesort"):  # stable: the newest phrase first
+        probability = left * rate[i]
+        if probability < least or waiting == front.probability.shape[0]:
+            break
+        left -= probability
+        front.probability[waiting] = probability
+        front.columns[waiting] = children[i]
+        front.columns[waiting, _PARENT] = parent
+        waiting += 1
+    return waiting
+
+
+@njit(cache=True)
+def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ranked):
+    """Fill the trees of ``slots``: see the module, and `Requests` for where they go.
+
+    Args:
+        req: chains, what the draft model thought of, and the trees.
+        pool: phrases.
+        slots: int64 [R].
+        rows: int64 [R], their rows in ``token_ids``.
+        token_ids: int32 [*, max_model_len].
+        rates: float64 [R, KINDS].
+        least: probability below which no node is worth a row.
+        stops: ids that end a text.
+        alone: whether the pool has to do without the draft model.
+        ranked: gets kinds and probabilities.
+    """
+    front = _Front(np.empty(FRONT), np.empty((FRONT, 9), np.int32))
+    children = np.empty((CHILDREN, 9), np.int32)
+    for r in range(slots.shape[0]):
+        s = slots[r]
+        known = req.known[s]
+        tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
+        before = np.int64(token_ids[rows[r], known - 2]) if known > 1 else -1
+        token = np.int64(token_ids[rows[r], known - 1])
+        chain_at, follow, node, reached = -1, -1, ROOT, 1.0
+        going = (-1, 0, 0)
+        size, waiting = 0, 0
+        while size < req.limit[s]:
+            ended = False
+            for stop in stops:
+                ended = ended or (node != ROOT and token == stop)
+            if not ended:
+                on_chain = (node == ROOT or chain_at >= 0) and not alone
+                count = _from_draft(req, s, chain_at if on_chain else -2, follow, children)
+                unknown = BEYOND
+                if alone or req.chain_len[s] == 0:
+                    unknown = ALONE
+                elif on_chain and chain_at + 1 < req.chain_len[s]:
+                    unknown = UNLIKELY
+                count = _from_pool(
+                    pool, req.scope[s], before, token, unknown, going, children, count
+                )
+                waiting = _wait(front, waiting, children, count, node, reached, rates[r], least)
+            if waiting == 0:
+                break
+            best = 0
+            for i in range(1, waiting):
+                if front.probability[i] > front.probability[best]:
+                    best = i
+            taken = front.columns[best].copy()
+            reached = front.probability[best]
+            waiting -= 1
+            front.columns[best] = front.columns[waiting]
+            front.probability[best] = front.probability[waiting]
+            if req.narrow[s]:
+                waiting = 0
+            parent = taken[_PARENT]
+            before = np.int64(tokens[parent] if parent >= 0 else token_ids[rows[r], known - 1])
+            token = np.int64(taken[_TOKEN])
+            chain_at, follow, node = taken[_CHAIN], taken[_FOLLOW], size
+            going = (taken[_SLOT], taken[_PHRASE], taken[_PLACE])
+            tokens[size], parents[size] = taken[_TOKEN], parent
+            sources[size] = _DRAFT if taken[_GRADE] < UNLIKELY else _SUFFIX
+            ranked.kinds[r, size] = kind_of(taken[_GRADE], taken[_EVIDENCE])
+            ranked.probabilities[r, size] = reached
+            size += 1
+        req.size[s] = size
