@@ -247,7 +247,9 @@ class Policy:
             alone: the tree that it would have had without the draft model, if that ran.
             text: int32 [m], what the target wrote.
         """
-        known = self.requests[slot]
+        known = self.requests.get(slot)
+        if known is None:  # the scheduler's list came before our first draft for the request
+            return
         if tree.kinds is not None:
             known.kind.estimates.learn(tree, text, known.leaning)
         if alone is not None:

@@ -83,26 +83,31 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
 
     def _attend(self, bucket: Bucket, query, key, value, kv_cache) -> torch.Tensor:
         """Attention of a bucket in float32: [real rows, Hq, D]."""
-        num_requests, width = bucket.bias.shape[0], bucket.bias.shape[3]
+        num_requests, (width, length) = bucket.bias.shape[0], bucket.bias.shape[3:]
         num_kv, dim, block_size = self.num_kv_heads, self.head_size, kv_cache.shape[2]
         group = self.num_heads // num_kv
         num_pages = bucket.pages.shape[0] // num_requests
         if bucket.rows is not None:
             query, key, value = (t.index_select(0, bucket.rows) for t in (query, key, value))
 
-        context = num_pages * block_size
-        length = context + width
+        context = length - width
         k = torch.empty(num_requests, num_kv, dim, length)
         v = torch.empty(num_requests, num_kv, length, dim)
         if num_pages:
             key_pages, value_pages = split_pages(kv_cache)
             pages = (num_requests, num_pages, num_kv)
             old = key_pages.index_select(0, bucket.pages).view(*pages, dim, block_size)
-            k[..., :context].unflatten(-1, (num_pages, block_size)).copy_(
-                old.permute(0, 2, 3, 1, 4)
+            whole = context // block_size  # pages of which all slots are looked at
+            end, rest = whole * block_size, context - whole * block_size
+            k[..., :end].unflatten(-1, (whole, block_size)).copy_(
+                old[:, :whole].permute(0, 2, 3, 1, 4)
             )
+            if rest:
+                k[..., end:context].copy_(old[:, -1, ..., :rest])
             old = value_pages.index_select(0, bucket.pages).view(*pages, block_size, dim)
-            v[:, :, :context].unflatten(2, (num_pages, block_size)).copy_(old.transpose(1, 2))
+            v[:, :, :end].unflatten(2, (whole, block_size)).copy_(old[:, :whole].transpose(1, 2))
+            if rest:
+                v[:, :, end:context].copy_(old[:, -1, :, :rest])
         step = (num_requests, width, num_kv, dim)
         k[..., context:].copy_(key.reshape(step).permute(0, 2, 3, 1))
         v[:, :, context:].copy_(value.reshape(step).transpose(1, 2))

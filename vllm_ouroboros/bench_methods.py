@@ -180,10 +180,11 @@ def _ours(
 
 
 def _setting(config: OuroborosConfig, options: dict[str, Any], nodes: int) -> str:
-    text = (
-        f"γ={config.draft_tokens} K={config.num_suffixes} β={config.phrase_len} "
-        f"W={config.window_size} G={config.guess_set_size}, {nodes} nodes"
-    )
-    shown = {"draft_model", "draft_tokens", "num_suffixes", "phrase_len", "window_size"}
+    sizes = f"β={config.phrase_len} W={config.window_size} G={config.guess_set_size}"
+    if config.adaptive:
+        text = f"adaptive {sizes}, at most {nodes} nodes"
+    else:
+        text = f"γ={config.draft_tokens} K={config.num_suffixes} {sizes}, {nodes} nodes"
+    shown = {"draft_model", "adaptive", "draft_tokens", "num_suffixes", "phrase_len", "window_size"}
     shown.add("guess_set_size")
     return text + "".join(f", {key}={options[key]}" for key in sorted(options.keys() - shown))

@@ -36,19 +36,14 @@ class Behind(NamedTuple):
     in_prompt: bool  # prompts are cached at once, outputs when enough have gathered
 
 
-def thoughts(logits: torch.Tensor, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What the draft model thought of a token int64 [M] in each row of logits [M, vocab].
+def thoughts(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that a model puts first in each row of logits [M, vocab].
 
     Returns:
-        Its probabilities float32 [M]; the first tokens int64 [M, OTHERS + 1], the most probable
-        first; their probabilities float32 [M, OTHERS + 1].
+        The tokens int64 [M, OTHERS + 1], the most probable first, and their probabilities float32.
     """
-    index = torch.from_numpy(tokens).to(logits.device)[:, None]
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)
-    top, first = logits.topk(min(OTHERS + 1, logits.shape[1]))
-    found = (logits.gather(1, index) - total).exp()[:, 0], first, (top - total).exp()
-    return tuple(part.numpy(force=True) for part in found)
+    odds, first = logits.float().softmax(-1).topk(min(OTHERS + 1, logits.shape[1]))
+    return first.numpy(force=True), odds.numpy(force=True)
 
 
 class DraftRounds:
@@ -267,14 +262,21 @@ class DraftRounds:
         owner = np.repeat(slots, gained)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(gained) - gained, gained)
         at = np.repeat(before, gained) + within
-        tokens = state.chain[owner, at].astype(np.int64)
-        index = torch.from_numpy(np.searchsorted(rows, state.asked[owner, at])).to(logits.device)
-        state.confidence[owner, at], first, odds = thoughts(logits[index], tokens)
-        drawn = np.isin(owner, list(sampling.drawn))[:, None]
-        first = np.where((first == tokens[:, None]) | drawn, -1, first)
-        order = np.argsort(first < 0, axis=1, kind="stable")[:, : state.others.shape[2]]
-        state.others[owner, at] = np.take_along_axis(first, order, 1)
-        state.odds[owner, at] = np.take_along_axis(odds, order, 1)
+        index = torch.from_numpy(np.searchsorted(rows, state.asked[owner, at]))
+        said = logits[index.to(logits.device)]
+        first, odds = thoughts(said)
+        # what is chosen without noise is what stands first
+        state.confidence[owner, at] = odds[:, 0]
+        known = first.shape[1] - 1
+        state.others[owner, at, :known] = first[:, 1:]
+        state.odds[owner, at, :known] = odds[:, 1:]
+        if sampling:
+            drawn = np.isin(owner, list(sampling.drawn))
+            owner, at, said = owner[drawn], at[drawn], said[torch.from_numpy(drawn)]
+            chosen = torch.from_numpy(state.chain[owner, at].astype(np.int64)).to(said.device)
+            sure = said.float().softmax(-1).gather(1, chosen[:, None])[:, 0]
+            state.confidence[owner, at] = sure.numpy(force=True)
+            state.others[owner, at] = -1  # these have branches
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling

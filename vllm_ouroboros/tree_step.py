@@ -36,7 +36,8 @@ class KeptKV:
 class Bucket:
     """Requests of similar context length, attended in one padded batch.
 
-    Sizes: R requests, Q rows each at most, P pages each at most, S = P * block_size + Q.
+    Sizes: R requests, Q rows each at most, P pages each at most, C slots of these
+    that are looked at, S = C + Q.
     """
 
     rows: torch.Tensor | None  # int64 [R * Q] among the tree rows (padding: row 0); None: all
@@ -121,8 +122,10 @@ class TreeStep:
         real = index < (ends - starts)[:, None]  # [R, Q]
         rows = torch.where(real, starts[:, None] + index, 0)
         step = unpack_mask(self.mask[rows.flatten()], width).view(len(requests), width, width)
-        slot = torch.arange(num_pages * block_size)
-        context = (slot < contexts[:, None])[:, None, :]  # [R, 1, P * block_size]
+        # slots of the last page behind every context are left out; steps of 16 suit vector units
+        most = min(-(-int(contexts.max()) // 16) * 16, num_pages * block_size)
+        slot = torch.arange(most)
+        context = (slot < contexts[:, None])[:, None, :]  # [R, 1, C]
         if sliding_window > 0:
             position = contexts[:, None] + step.sum(-1) - 1  # [R, Q]
             context = context & (slot > position[..., None] - sliding_window)

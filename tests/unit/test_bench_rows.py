@@ -48,8 +48,8 @@ def test_each_config_is_a_setting() -> None:
         ["ouroboros-cold"], draft_model="d", draft_tokens=[], ngrams=[], configs=configs,
         nodes=None, others=1,
     )  # fmt: skip
-    assert one.setting == "γ=8 K=3 β=6 W=10 G=10, 26 nodes"
-    assert two.setting == "γ=4 K=0 β=6 W=10 G=10, 4 nodes, pool_capacity=128"
+    assert one.setting == "adaptive β=6 W=10 G=10, at most 26 nodes"
+    assert two.setting == "adaptive β=6 W=10 G=10, at most 4 nodes, pool_capacity=128"
 
 
 # -- statistics --------------------------------------------------------------------------------
