@@ -240,6 +240,10 @@ def doctor(
     config: Annotated[
         str | None, typer.Option(help="JSON object as for --ouroboros-config.", metavar="JSON")
     ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Show what forwards cost an engine with this pool_path, nothing else."),
+    ] = None,
 ) -> None:
     """Show versions and platform, and say what would be refused and why.
 
@@ -250,6 +254,11 @@ def doctor(
 
     from vllm_ouroboros import doctor as _doctor
 
+    if costs is not None:
+        wrong = _doctor.show_costs(costs)
+        if wrong is not None:
+            _fail(wrong)
+        return
     options: dict[str, Any] = {}
     if config is not None:
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +16,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)
 REPEATS = 3
 LIMIT = 4.0  # seconds that a measurement may take, the size it is at included once more
 MEMORY = 0.05  # share of a new observation in what is refined
+SUFFIX = ".costs.json"
+"""What the name of a pool's file gets for that of the costs."""
 WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
 
 
@@ -144,6 +149,31 @@ class Costs:
         shown["overhead"] = round(1000 * self.overhead, 3)
         shown["planning"] = round(1000 * self.planning, 3)
         return shown
+
+    def save(self, pool_path: str) -> Path:
+        """Write `as_dict` beside a pool's file, in one go; returns where.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = Path(f"{pool_path}{SUFFIX}").expanduser()
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        fresh.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        fresh.replace(path)
+        return path
+
+
+def read_costs(path: Path) -> dict[str, object]:
+    """What `Costs.save` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else.
+    """
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not isinstance(found.get("target"), dict):
+        raise ValueError("no costs of an engine")
+    return found
 
 
 def _refined(known: float, seconds: float) -> float:

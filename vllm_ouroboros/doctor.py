@@ -42,6 +42,25 @@ def run(model: str | None, draft_model: str | None, config: dict[str, Any]) -> b
     return bool(problems)
 
 
+def show_costs(path: Path) -> str | None:
+    """Show the costs that an engine left beside its pool; returns what is wrong, or None."""
+    from vllm_ouroboros.costs import SUFFIX, read_costs
+
+    file = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
+    try:
+        costs = read_costs(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is damaged ({error})"
+        return f"--costs {file}: {reason}; pass the pool_path of an adaptive engine that has ended"
+    table = Table("milliseconds", "rows", "forward", box=None, pad_edge=False)
+    for name, value in costs.items():
+        curve = value.items() if isinstance(value, dict) else [("", value)]
+        for rows, milliseconds in curve:
+            table.add_row(name, rows, f"{milliseconds:.3f}")
+    Console(highlight=False, emoji=False, markup=False).print(table)
+    return None
+
+
 def examine(
     model: str | None, draft_model: str | None, config: dict[str, Any]
 ) -> tuple[dict[str, str], list[str], list[str]]:

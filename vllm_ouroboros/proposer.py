@@ -396,8 +396,14 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
-        if self.pool_file is not None:
-            self.pool_file.close(self.drafting.pool)
+        if self.pool_file is None:
+            return
+        self.pool_file.close(self.drafting.pool)
+        if self.policy is not None:
+            try:
+                self.policy.costs.save(str(self.config.pool_path))
+            except OSError as error:
+                logger.warning("The costs of this engine are not saved: %s", error)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""

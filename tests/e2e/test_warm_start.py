@@ -6,6 +6,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 import vllm_ouroboros
+from vllm_ouroboros.costs import read_costs
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 
@@ -15,12 +16,12 @@ def engine(tools, pair):
     """Start an engine with a pool file; at most one at a time."""
     engines = tools.Engines()
 
-    def start(path) -> LLM:
+    def start(path, **options) -> LLM:
         engines.close()
         return engines.get(
             **{**tools.BASE, "max_num_seqs": 1},
             speculative_config={"model": tools.PROPOSER, "num_speculative_tokens": 26},
-            additional_config={"ouroboros": {"pool_path": str(path)}},
+            additional_config={"ouroboros": {"pool_path": str(path), **options}},
         )
 
     yield start
@@ -30,12 +31,12 @@ def engine(tools, pair):
 def test_a_second_engine_starts_warm(engine, prompts, vanilla, tools, tmp_path):
     path, some = tmp_path / "pool.safetensors", prompts[:8]
     expected = tools.tokens_of(vanilla(some, GREEDY))
-    llm = engine(path)
+    llm = engine(path, adaptive=False)
     assert vllm_ouroboros.stats(llm)["pool_phrases"] == 0
     with tools.Used(llm) as cold:
         assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
     held = vllm_ouroboros.stats(llm)["pool_phrases"]
-    llm = engine(path)  # ends the first, which saves
+    llm = engine(path, adaptive=False)  # ends the first, which saves
     assert vllm_ouroboros.stats(llm)["pool_phrases"] == held > 0
     with tools.Used(llm) as warm:
         assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
@@ -50,3 +51,5 @@ def test_a_file_that_is_not_ours_stays(engine, prompts, tools, tmp_path):
     tools.generate(llm, prompts[:2], GREEDY)
     engine(tmp_path / "other")  # ends the first
     assert path.read_text() == "not a pool"
+    costs = read_costs(tmp_path / "notes.txt.costs.json")
+    assert costs["target"]["1"] > 0

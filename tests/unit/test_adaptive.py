@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ouroboros.adaptive import IDLE, LOOK, TRUSTED, Policy, Step
-from vllm_ouroboros.costs import SIZES, Costs, Curve, measure
+from vllm_ouroboros.costs import SIZES, Costs, Curve, measure, read_costs
 from vllm_ouroboros.draft_rounds import thoughts
 from vllm_ouroboros.drafting import OTHERS
 from vllm_ouroboros.estimates import (
@@ -97,6 +99,16 @@ def test_costs_follow_what_is_seen() -> None:
     shown = costs.as_dict()
     assert shown["target"]["1"] == 1000
     assert "draft" not in shown
+
+
+def test_costs_are_saved_beside_the_pool(tmp_path) -> None:
+    costs = Costs(curve(1.0, 0.5), curve(0.1, 0.0), overhead=0.25)
+    path = costs.save(f"{tmp_path}/pool")
+    assert read_costs(path) == json.loads(json.dumps(costs.as_dict()))
+    assert [p.name for p in tmp_path.iterdir()] == ["pool.costs.json"]
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="no costs"):
+        read_costs(path)
 
 
 # -- estimates -------------------------------------------------------------------------------------

@@ -458,3 +458,17 @@ def test_the_readme_lists_every_option_with_its_default_and_range() -> None:
         }
         if bounds:
             assert limits == f"{bounds['ge']} to {bounds['le']}", key
+
+
+def test_the_doctor_shows_the_costs_beside_a_pool(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    missing = invoke("doctor", "--costs", str(pool))
+    assert missing.exit_code == 2
+    assert f"{pool}.costs.json" in missing.output.replace("\n", "")
+    (tmp_path / "pool.costs.json").write_text('{"target": {"1": 45.5, "8": 50}, "overhead": 2.25}')
+    shown = invoke("doctor", "--costs", str(pool))
+    assert shown.exit_code == 0
+    assert re.search(r"target +8 +50\.000", shown.output)
+    assert re.search(r"overhead +2\.250", shown.output)
+    (tmp_path / "pool.costs.json").write_text("[]")
+    assert "damaged" in invoke("doctor", "--costs", str(pool)).output
