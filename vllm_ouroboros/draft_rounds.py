@@ -76,7 +76,10 @@ class DraftRounds:
     @property
     def widest(self) -> int:
         """Most rows that a request has in a round."""
-        return self.drafting.rows_of(Width.FULL) + self.drafting.budget + MAX_KNOWN
+        return self._most_rows(Width.FULL)
+
+    def _most_rows(self, width: Width) -> int:
+        return self.drafting.rows_of(width) + self.drafting.budget + MAX_KNOWN
 
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
@@ -180,7 +183,7 @@ class DraftRounds:
     ) -> None:
         """Rounds for requests that are up to date, in a batch of so many."""
         state = self.drafting.state
-        most = max(1, self.max_rows // self.widest)
+        most = max(1, self.max_rows // self._most_rows(self._width))
         going, where = slots, rows
         while len(going):
             for first in range(0, len(going), most):

@@ -12,6 +12,7 @@ from vllm.sampling_params import (
 
 NEW_TOKENS = 40
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+LONG = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
 CACHING = {"enable_prefix_caching": True}
 
 
@@ -34,10 +35,13 @@ def add(llm, prompts, params, names: str) -> None:
 
 
 def sleep_in_the_middle(llm, prompts, level: int, mode: str, tools) -> tuple[list, list]:
-    """Sleep and wake up while requests run: what became of them, and what comes after."""
+    """Sleep and wake up while requests run: what became of them, and what comes after.
+
+    Requests that are to be aborted are long: the engine goes on while this process is not looking.
+    """
     llm.reset_prefix_cache()
     engine = llm.llm_engine
-    add(llm, prompts, GREEDY, f"{mode}{level}-")
+    add(llm, prompts, GREEDY if mode == "keep" else LONG, f"{mode}{level}-")
     finished = {}
     step = 0
     while engine.has_unfinished_requests():
@@ -69,12 +73,12 @@ def test_sleep_and_wake(level, mode, ouroboros, some, vanilla, expected, tools):
             assert ours.finish_reason == vanillas.finish_reason
             assert list(ours.token_ids) == list(vanillas.token_ids) == text
         else:  # how far a request came before it was dropped is a matter of speed
-            assert list(ours.token_ids) == text[: len(ours.token_ids)]
+            shared = min(len(ours.token_ids), len(text))
+            assert list(ours.token_ids)[:shared] == text[:shared]
     if mode == "abort":
         assert "abort" in {output.finish_reason for output in found}
-        cached = [output.num_cached_tokens for output in after]
-        assert (sum(cached) > 0) == (level == 0)
-        assert sum(cached) == sum(output.num_cached_tokens for output in after_theirs)
+        for outputs in (after, after_theirs):
+            assert (sum(output.num_cached_tokens for output in outputs) > 0) == (level == 0)
 
 
 # -- beam search -----------------------------------------------------------------------------------
