@@ -196,7 +196,8 @@ def test_facts_say_whether_a_model_is_inflated(model: str, tmp_path: Path) -> No
     found = bench_facts.facts(model, None)
     assert found["inflated"] == {"model": "tiny-code/target", "draft_model": None}
     assert set(found) == {
-        "model", "draft_model", "inflated", "hardware", "versions", "commit", "command", "time",
+        "model", "draft_model", "inflated", "hardware", "versions", "environment", "commit",
+        "command", "time",
     }  # fmt: skip
     assert found["versions"]["vllm-ouroboros"]
     assert bench_facts.commit(tmp_path) == "none"
