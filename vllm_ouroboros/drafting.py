@@ -206,7 +206,9 @@ class Drafting:
             self.state.sources[slot, :size].copy(),
         )
 
-    def grow(self, slots, rows, token_ids, rates, least: float, alone: bool = False):
+    def grow(
+        self, slots, rows, token_ids, rates, least: float, alone: bool = False
+    ) -> tuple[list[DraftTree], list[np.ndarray]]:
         """Make the trees of ``slots``, best nodes first; see `grow_best`.
 
         Returns:
