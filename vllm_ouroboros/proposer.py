@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,36 +17,20 @@ from vllm_ouroboros.counters import Counters, StepClock
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_rounds import Behind, DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource, Scopes
+from vllm_ouroboros.idle_save import IdleSave
+from vllm_ouroboros.live_requests import LiveRequests
+from vllm_ouroboros.phrases import PhrasePool, PhraseSource
 from vllm_ouroboros.pool_file import PoolFile, tokenizer_hash
 from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, can_speculate, stateless
+from vllm_ouroboros.token_sampler import Sampled, TokenSampler, stateless
 from vllm_ouroboros.tree import DraftTree
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
-
-NO_SLOT = -1
-
-
-@dataclass
-class Request:
-    """What the proposer knows of a live request."""
-
-    slot: int  # NO_SLOT while preempted
-    scope: int  # whom it shares phrases with
-    speculates: bool
-    narrow: bool  # a grammar follows its draft token by token: no branches
-    sampled: Sampled
-    max_tokens: int
-    tree: DraftTree | None = None
-    alone: DraftTree | None = None  # what it would be without the draft model
-    origins: list[int] = field(default_factory=list)
 
 
 class OuroborosProposer:
@@ -80,9 +63,7 @@ class OuroborosProposer:
             stops=tuple(sorted(self.eos)),
             pairs=config.adaptive,
         )
-        self.requests: dict[str, Request] = {}
-        self.scopes = Scopes(self.drafting.pool)
-        self.custom_processors = self.opaque_processors = False
+        self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
         self.counters = Counters()
         self.clock = StepClock()
         self.rounds = None
@@ -91,8 +72,6 @@ class OuroborosProposer:
                 self.draft, self.drafting, scheduler.max_num_batched_tokens,
                 self.counters, self.clock,
             )  # fmt: skip
-        self.tracing = False
-        self.finished_origins: dict[str, list[int]] = {}
         self.pool_file: PoolFile | None = None
         self.policy: Policy | None = None  # with `adaptive`, once costs are measured
         self.forward_seconds = 0.0  # of the target's last forward
@@ -103,12 +82,13 @@ class OuroborosProposer:
         self._runner = runner
         if self.rounds is not None:
             self.rounds.sampler = sampler
-        processors = [*sampler.processors.all]
-        self.custom_processors = any(
+        processors, requests = [*sampler.processors.all], self.requests
+        requests.device = runner.device
+        requests.custom_processors = any(
             not isinstance(p, tuple(BUILTIN_LOGITS_PROCESSORS)) for p in processors
         )
         opaque = sorted({type(p).__qualname__ for p in processors if not stateless(p)})
-        self.opaque_processors = bool(opaque)
+        requests.opaque_processors = bool(opaque)
         if opaque:
             logger.warning(
                 "Ouroboros drafts nothing in this engine: logits processor %s may depend on more "
@@ -145,88 +125,7 @@ class OuroborosProposer:
                 tokenizer_hash=tokenizer_hash(vocab),
             )
             self.pool_file.load(self.drafting.pool)
-
-    # -- life of a request ---------------------------------------------------------------------
-
-    def admit(
-        self, req_id: str, state: CachedRequestState, num_computed: int, tenant: str | None
-    ) -> None:
-        """A request is new, with ``num_computed`` tokens cached.
-
-        Args:
-            req_id: vLLM's id; one that lives already goes on with another prompt (a session that
-                streams its input).
-            state: vLLM's view of the request.
-            num_computed: tokens whose KV is in its blocks.
-            tenant: its ``cache_salt``; phrases stay among requests with the same one.
-        """
-        before = self.requests.get(req_id)
-        if before is not None:
-            state.generator = before.sampled.generator
-            self.forget(req_id)
-        params = state.sampling_params
-        assert params is not None
-        scope = 0
-        if self.config.pool_scope == "request":
-            scope = self.scopes.new()
-        elif tenant is not None or state.lora_request is not None:
-            lora = state.lora_request
-            adapter = lora and (lora.lora_name, lora.lora_int_id)
-            scope = self.scopes.of((tenant, adapter))
-        self.requests[req_id] = Request(
-            slot=self.drafting.add(scope),
-            scope=scope,
-            speculates=not self.opaque_processors and can_speculate(params),
-            narrow=params.structured_outputs is not None,
-            sampled=Sampled.of(state, self.eos, self.custom_processors, self.runner.device),
-            max_tokens=params.max_tokens or self.max_model_len,
-        )
-        self.resume(req_id, num_computed)
-
-    def resume(self, req_id: str, num_computed: int) -> None:
-        """A request comes back from preemption with ``num_computed`` tokens cached."""
-        request = self.requests[req_id]
-        if request.slot == NO_SLOT:
-            request.slot = self.drafting.add(request.scope)
-        request.tree = None
-        self.drafting.reset(request.slot, num_computed)
-
-    def suspend(self, req_id: str) -> None:
-        """A request is preempted: its KV is gone, it may come back."""
-        request = self.requests.get(req_id)
-        if request is not None and request.slot != NO_SLOT:
-            self._release(request.slot)
-            request.slot = NO_SLOT
-
-    def _release(self, slot: int) -> None:
-        self.drafting.release(slot)
-        if self.policy is not None:
-            self.policy.forget(slot)
-
-    def forget(self, req_id: str) -> None:
-        """A request is finished or aborted."""
-        request = self.requests.pop(req_id, None)
-        if request is None:
-            return
-        if request.slot != NO_SLOT:
-            self._release(request.slot)
-        if self.tracing:
-            self.finished_origins[req_id] = request.origins
-
-    def tree_of(self, req_id: str, scheduled: list[int]) -> DraftTree | None:
-        """The tree behind the flat tokens that the scheduler gives back.
-
-        The scheduler may have cut the list, or put in one of its own: that one is read as a
-        chain up to the first id that is no token.
-        """
-        request = self.requests.get(req_id)
-        tree = request.tree if request is not None else None
-        if tree is not None and tree.tokens[: len(scheduled)].tolist() == scheduled:
-            return tree.prefix(len(scheduled))
-        valid = next((i for i, token in enumerate(scheduled) if token < 0), len(scheduled))
-        return DraftTree.chain(scheduled[:valid]) if valid else None
-
-    # -- one step ------------------------------------------------------------------------------
+            self.requests.idle_save = IdleSave(self._save)
 
     def _observe(
         self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
@@ -251,7 +150,7 @@ class OuroborosProposer:
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
-            if self.tracing:
+            if self.requests.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
             request.tree = request.alone = None
@@ -289,6 +188,7 @@ class OuroborosProposer:
     def adapt(self, policy: Policy) -> None:
         """Let a policy decide from now on."""
         self.policy = policy
+        self.requests.on_release = policy.forget
         if self.rounds is not None:
             self.rounds.policy = policy
 
@@ -396,14 +296,30 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
-        if self.pool_file is None:
-            return
-        self.pool_file.close(self.drafting.pool)
+        if self.pool_file is not None:
+            if self.requests.idle_save is not None:
+                self.requests.idle_save.busy()
+            self.pool_file.close(self.drafting.pool)
+            self._save_costs()
+
+    def _save(self) -> None:
+        """Save it while the engine is idle."""
+        assert self.pool_file is not None
+        self.pool_file.save_in_background(self.drafting.pool)
+        self._save_costs()
+
+    def _save_costs(self) -> None:
         if self.policy is not None:
             try:
                 self.policy.costs.save(str(self.config.pool_path))
             except OSError as error:
                 logger.warning("The costs of this engine are not saved: %s", error)
+
+    def reset_pool(self) -> None:
+        """Forget all phrases; those in the file stay until the next save of new ones."""
+        if self.requests.idle_save is not None:
+            self.requests.idle_save.busy()
+        self.drafting.pool.clear()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""

@@ -105,22 +105,22 @@ class TreeRunner(GPUModelRunner):
 
     def _on_request_state_removed(self, req_id, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self.drafter.forget(req_id)
+        self.drafter.requests.forget(req_id)
 
     def _update_states(self, scheduler_output: SchedulerOutput):
         for req_id in scheduler_output.preempted_req_ids or ():
-            self.drafter.suspend(req_id)
+            self.drafter.requests.suspend(req_id)
         result = super()._update_states(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             state, tenant = self.requests[new.req_id], getattr(new, "cache_salt", None)
-            self.drafter.admit(new.req_id, state, new.num_computed_tokens, tenant)
+            self.drafter.requests.admit(new.req_id, state, new.num_computed_tokens, tenant)
         # The proposer has them now. vLLM would rewind those of unfinished prompts by an offset,
         # which CPU generators lack: a seeded request under chunked prefill ends stock 0.32.0.
         self.input_batch.generators.clear()
         cached = scheduler_output.scheduled_cached_reqs
         for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if req_id in cached.resumed_req_ids:
-                self.drafter.resume(req_id, computed)
+                self.drafter.requests.resume(req_id, computed)
         self.scheduled_tokens = scheduler_output.num_scheduled_tokens
         return result
 
@@ -133,7 +133,7 @@ class TreeRunner(GPUModelRunner):
         with self.drafter.clock.phase("tree"):
             flat = [scheduled.get(req_id, []) for req_id in req_ids]
             trees = [
-                self.drafter.tree_of(req_id, tokens) if tokens else None
+                self.drafter.requests.tree_of(req_id, tokens) if tokens else None
                 for req_id, tokens in zip(req_ids, flat, strict=True)
             ]
             ends = np.cumsum(num_scheduled_tokens)

@@ -41,16 +41,16 @@ class OuroborosCalls:
 
     def ouroboros_reset_pool(self) -> None:
         """Forget all phrases."""
-        self.model_runner.drafter.drafting.pool.clear()
+        self.model_runner.drafter.reset_pool()
 
     def ouroboros_trace(self, enabled: bool) -> None:
         """Record for each emitted token who proposed it."""
-        self.model_runner.drafter.tracing = enabled
+        self.model_runner.drafter.requests.tracing = enabled
 
     def ouroboros_origins(self) -> dict[str, list[int]]:
         """`NodeSource` of each token of the requests that finished since the last call."""
-        drafter = self.model_runner.drafter
-        done, drafter.finished_origins = drafter.finished_origins, {}
+        requests = self.model_runner.drafter.requests
+        done, requests.finished_origins = requests.finished_origins, {}
         return done
 
     def ouroboros_costs(self) -> dict[str, object]:

@@ -123,7 +123,7 @@ def tokens_of(outputs: Sequence) -> list[Ids]:
 
 def shut_down(llm) -> None:
     """End an engine's process now, not when Python gets around to it."""
-    llm.llm_engine.engine_core.shutdown(timeout=60)  # seconds; five by default, then it is killed
+    llm.llm_engine.engine_core.shutdown(timeout=20)  # seconds; five by default, then it is killed
     del llm
     gc.collect()
 

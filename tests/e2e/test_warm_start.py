@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
 import pytest
 from vllm import LLM, SamplingParams
 
@@ -29,24 +32,34 @@ def engine(tools, pair):
 
 
 def test_a_second_engine_starts_warm(engine, prompts, vanilla, tools, tmp_path):
-    """An engine that ends saves its pool. vLLM's engine process now and then does not hear that it
-    should end, and is killed after a while: then once more.
-    """
     path, some = tmp_path / "pool.safetensors", prompts[:8]
     expected = tools.tokens_of(vanilla(some, GREEDY))
-    for _ in range(3):
-        llm = engine(path, adaptive=False)
-        assert vllm_ouroboros.stats(llm)["pool_phrases"] == 0
-        with tools.Used(llm) as cold:
-            assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
-        held = vllm_ouroboros.stats(llm)["pool_phrases"]
-        llm = engine(path, adaptive=False)  # ends the first, which saves
-        if path.exists():
-            break
+    llm = engine(path, adaptive=False)
+    assert vllm_ouroboros.stats(llm)["pool_phrases"] == 0
+    with tools.Used(llm) as cold:
+        assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
+    held = vllm_ouroboros.stats(llm)["pool_phrases"]
+    llm = engine(path, adaptive=False)  # ends the first, which saves
     assert vllm_ouroboros.stats(llm)["pool_phrases"] == held > 0
     with tools.Used(llm) as warm:
         assert tools.tokens_of(tools.generate(llm, some, GREEDY, one_by_one=True)) == expected
     assert warm["accepted_tokens"] > cold["accepted_tokens"]
+
+
+def test_an_idle_engine_has_saved_before_it_is_killed(engine, prompts, tools, tmp_path):
+    path = tmp_path / "pool.safetensors"
+    llm = engine(path)
+    tools.generate(llm, prompts[:2], GREEDY)
+    held = vllm_ouroboros.stats(llm)["pool_phrases"]
+    files = [path, tmp_path / "pool.safetensors.costs.json"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    [process] = llm.llm_engine.engine_core.resources.engine_manager.processes
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
+    process.join(60)
+    assert vllm_ouroboros.stats(engine(path))["pool_phrases"] == held > 0
 
 
 def test_a_file_that_is_not_ours_stays(engine, prompts, tools, tmp_path):

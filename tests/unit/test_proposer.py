@@ -229,13 +229,13 @@ class Engine:
             sequence.blocks.append(self.free.pop(0))
 
     def preempt(self, sequence: Sequence) -> None:
-        self.proposer.suspend(sequence.name)
+        self.proposer.requests.suspend(sequence.name)
         self.free += sequence.blocks
         sequence.blocks, sequence.computed, sequence.draft = [], 0, []
         sequence.running = False
 
     def finish(self, sequence: Sequence) -> None:
-        self.proposer.forget(sequence.name)
+        self.proposer.requests.forget(sequence.name)
         self.free += sequence.blocks
         self.sequences.remove(sequence)
 
@@ -248,9 +248,11 @@ class Engine:
                 self.preempt(sequence)
         for sequence in batch:
             if not sequence.running and sequence.name in proposer.requests:
-                proposer.resume(sequence.name, sequence.computed)
+                proposer.requests.resume(sequence.name, sequence.computed)
             elif not sequence.running:
-                proposer.admit(sequence.name, sequence.state, sequence.computed, sequence.tenant)
+                proposer.requests.admit(
+                    sequence.name, sequence.state, sequence.computed, sequence.tenant
+                )
             sequence.running = True
 
         size = len(batch)
@@ -276,7 +278,7 @@ class Engine:
             self.allocate(s, min(s.computed + take + len(draft) + ahead, self.max_len))
             tokens: list[int] = []
             if s.computed + take == len(s.text):
-                tree = proposer.tree_of(s.name, draft) if draft else None
+                tree = proposer.requests.tree_of(s.name, draft) if draft else None
                 found, tokens = self.verify(s, tree)
                 if found is not None:
                     verified[s.name] = found
@@ -442,14 +444,14 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
     assert {key: stats[key] for key in engine.expected} == engine.expected
     assert stats["accepted_from_draft"] + stats["accepted_from_suffix"] == stats["accepted_tokens"]
     assert stats["draft_forwards"] == (draft.forwards if draft else 0)
-    assert proposer.requests == {}
+    assert len(proposer.requests) == 0
     free = sorted(proposer.drafting._free)
     assert free == [0, 1, 2, 3], "a slot was lost or given back twice"
 
 
 def simple(monkeypatch, **changes) -> OuroborosProposer:
     proposer = bound(make(monkeypatch, None, **changes))
-    proposer.admit("a", state_of(), 0, None)
+    proposer.requests.admit("a", state_of(), 0, None)
     return proposer
 
 
@@ -462,7 +464,7 @@ TREE = DraftTree(
 def test_a_cut_list_is_the_same_tree_cut(monkeypatch, size) -> None:
     proposer = simple(monkeypatch)
     proposer.requests["a"].tree = TREE
-    tree = proposer.tree_of("a", [5, 6, 7, 8][:size])
+    tree = proposer.requests.tree_of("a", [5, 6, 7, 8][:size])
     assert tree.parents.tolist() == [-1, 0, 0, 2][:size]
     assert tree.tokens.tolist() == [5, 6, 7, 8][:size]
     assert tree.sources.tolist() == [2] * size
@@ -483,7 +485,7 @@ def test_a_list_that_is_not_ours_is_a_chain(monkeypatch, scheduled, expected, kn
     proposer = simple(monkeypatch)
     if known:
         proposer.requests["a"].tree = TREE
-    tree = proposer.tree_of("a" if known else "stranger", scheduled)
+    tree = proposer.requests.tree_of("a" if known else "stranger", scheduled)
     assert tree.tokens.tolist() == expected
     assert tree.is_chain
     assert (tree.tokens >= 0).all()
@@ -494,30 +496,30 @@ def test_placeholders_alone_are_no_tree(monkeypatch, known) -> None:
     proposer = simple(monkeypatch)
     if known:
         proposer.requests["a"].tree = TREE
-    assert proposer.tree_of("a", [-1] * 4) is None
-    assert proposer.tree_of("b", [-1]) is None
+    assert proposer.requests.tree_of("a", [-1] * 4) is None
+    assert proposer.requests.tree_of("b", [-1]) is None
 
 
 def test_the_engine_s_stops_are_those_of_its_requests(monkeypatch) -> None:
     proposer = bound(make(monkeypatch, None, eos=1))
-    proposer.admit("x", state_of(stop_token_ids=[4]), 0, None)
+    proposer.requests.admit("x", state_of(stop_token_ids=[4]), 0, None)
     assert proposer.requests["x"].sampled.stops == {1, 4}
 
 
 def test_slots_follow_the_life_of_a_request(monkeypatch) -> None:
     proposer = simple(monkeypatch, max_num_seqs=2)
-    proposer.suspend("a")
-    proposer.suspend("a")
+    proposer.requests.suspend("a")
+    proposer.requests.suspend("a")
     assert sorted(proposer.drafting._free) == [0, 1]
-    proposer.admit("b", state_of("b"), 0, None)
-    proposer.resume("a", 12)
+    proposer.requests.admit("b", state_of("b"), 0, None)
+    proposer.requests.resume("a", 12)
     assert proposer.drafting.state.cached[proposer.requests["a"].slot] == 12
-    proposer.suspend("b")
-    proposer.forget("b")
-    proposer.forget("b")
-    proposer.forget("nobody")
-    proposer.suspend("nobody")
-    proposer.forget("a")
+    proposer.requests.suspend("b")
+    proposer.requests.forget("b")
+    proposer.requests.forget("b")
+    proposer.requests.forget("nobody")
+    proposer.requests.suspend("nobody")
+    proposer.requests.forget("a")
     assert sorted(proposer.drafting._free) == [0, 1]
 
 
@@ -526,11 +528,11 @@ def test_a_session_goes_on_with_its_noise(monkeypatch) -> None:
     proposer = bound(make(monkeypatch, None, max_num_seqs=1))
     first = state_of(temperature=1, seed=3)
     noise = first.generator = torch.Generator().manual_seed(3)
-    proposer.admit("a", first, 0, None)
+    proposer.requests.admit("a", first, 0, None)
     torch.rand(5, generator=noise)
     for _ in range(2):
         again = state_of(temperature=1, seed=3)
-        proposer.admit("a", again, 7, None)
+        proposer.requests.admit("a", again, 7, None)
         request = proposer.requests["a"]
         assert request.sampled.generator is noise
         assert request.sampled.state is again
@@ -555,9 +557,9 @@ def test_phrases_stay_with_the_tenant(monkeypatch, scope) -> None:
             state = state_of()
             state.lora_request = adapter
             name = f"{turn}-{i}"
-            proposer.admit(name, state, 0, salt)
-            proposer.suspend(name)
-            proposer.resume(name, 0)
+            proposer.requests.admit(name, state, 0, salt)
+            proposer.requests.suspend(name)
+            proposer.requests.resume(name, 0)
             slot = proposer.requests[name].slot
             scopes.append(int(proposer.drafting.state.scope[slot]))
             assert scopes[-1] == proposer.requests[name].scope
@@ -584,7 +586,7 @@ def test_a_wrong_setting_is_refused(monkeypatch) -> None:
 
 def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
     proposer = simple(monkeypatch)
-    proposer.tracing = True
+    proposer.requests.tracing = True
     tree = DraftTree(
         np.array([5, 6, 7], np.int32), np.array([-1, 0, 0], np.int32), np.array([1, 1, 2], np.int32)
     )
@@ -597,8 +599,8 @@ def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
     )
     bound(proposer, input_batch=batch, verified=verified, scheduled_tokens={"a": 4})
     proposer.propose([[5, 7, 9]], np.array([5], np.int32), ids)
-    proposer.forget("a")
-    assert proposer.finished_origins == {"a": [1, 2, 0]}
+    proposer.requests.forget("a")
+    assert proposer.requests.finished_origins == {"a": [1, 2, 0]}
     stats = proposer.stats()
     assert (stats["accepted_from_draft"], stats["accepted_from_suffix"]) == (1, 1)
     assert (stats["verified_nodes"], stats["emitted_tokens"], stats["steps"]) == (3, 3, 1)
@@ -647,7 +649,7 @@ def test_a_request_that_cannot_speculate_gets_no_draft(
         make(monkeypatch, None), processors,
         input_batch=batch, verified={}, scheduled_tokens={"a": 5},
     )  # fmt: skip
-    proposer.admit("a", state_of(**changes), 0, None)
+    proposer.requests.admit("a", state_of(**changes), 0, None)
     [draft] = proposer.propose([[4]], np.array([6], np.int32), ids)
     assert bool(draft) == speculates
     assert len(proposer.drafting.pool) > 0  # its text feeds the pool anyway

@@ -1,0 +1,155 @@
+"""The requests that live in the engine: their slots, trees and scopes of phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_ouroboros.config import OuroborosConfig
+from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.idle_save import IdleSave
+from vllm_ouroboros.phrases import Scopes
+from vllm_ouroboros.token_sampler import Sampled, can_speculate
+from vllm_ouroboros.tree import DraftTree
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+NO_SLOT = -1
+
+
+@dataclass
+class Request:
+    """What the proposer knows of a live request."""
+
+    slot: int  # NO_SLOT while preempted
+    scope: int  # whom it shares phrases with
+    speculates: bool
+    narrow: bool  # a grammar follows its draft token by token: no branches
+    sampled: Sampled
+    max_tokens: int
+    tree: DraftTree | None = None
+    alone: DraftTree | None = None  # what it would be without the draft model
+    origins: list[int] = field(default_factory=list)
+
+
+class LiveRequests:
+    """Requests by vLLM's id, from their admission to their end.
+
+    Args:
+        config: the plugin's settings.
+        drafting: holds the slots.
+        eos: ids that end a text.
+        max_model_len: longest text, in tokens.
+    """
+
+    def __init__(
+        self, config: OuroborosConfig, drafting: Drafting, eos: frozenset[int], max_model_len: int
+    ) -> None:
+        self.per_request = config.pool_scope == "request"
+        self.drafting = drafting
+        self.scopes = Scopes(drafting.pool)
+        self.eos = eos
+        self.max_model_len = max_model_len
+        self.device = torch.device("cpu")
+        self.custom_processors = self.opaque_processors = False
+        self.on_release: Callable[[int], None] = lambda slot: None
+        self.idle_save: IdleSave | None = None
+        self.tracing = False
+        self.finished_origins: dict[str, list[int]] = {}
+        self._requests: dict[str, Request] = {}
+
+    def __getitem__(self, req_id: str) -> Request:
+        return self._requests[req_id]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._requests
+
+    def admit(
+        self, req_id: str, state: CachedRequestState, num_computed: int, tenant: str | None
+    ) -> None:
+        """A request is new, with ``num_computed`` tokens cached.
+
+        Args:
+            req_id: vLLM's id; one that lives already goes on with another prompt (a session that
+                streams its input).
+            state: vLLM's view of the request.
+            num_computed: tokens whose KV is in its blocks.
+            tenant: its ``cache_salt``; phrases stay among requests with the same one.
+        """
+        if self.idle_save is not None:
+            self.idle_save.busy()
+        before = self._requests.get(req_id)
+        if before is not None:
+            state.generator = before.sampled.generator
+            self._end(req_id)
+        params = state.sampling_params
+        assert params is not None
+        scope = 0
+        if self.per_request:
+            scope = self.scopes.new()
+        elif tenant is not None or state.lora_request is not None:
+            lora = state.lora_request
+            adapter = lora and (lora.lora_name, lora.lora_int_id)
+            scope = self.scopes.of((tenant, adapter))
+        self._requests[req_id] = Request(
+            slot=self.drafting.add(scope),
+            scope=scope,
+            speculates=not self.opaque_processors and can_speculate(params),
+            narrow=params.structured_outputs is not None,
+            sampled=Sampled.of(state, self.eos, self.custom_processors, self.device),
+            max_tokens=params.max_tokens or self.max_model_len,
+        )
+        self.resume(req_id, num_computed)
+
+    def resume(self, req_id: str, num_computed: int) -> None:
+        """A request comes back from preemption with ``num_computed`` tokens cached."""
+        request = self._requests[req_id]
+        if request.slot == NO_SLOT:
+            request.slot = self.drafting.add(request.scope)
+        request.tree = None
+        self.drafting.reset(request.slot, num_computed)
+
+    def suspend(self, req_id: str) -> None:
+        """A request is preempted: its KV is gone, it may come back."""
+        request = self._requests.get(req_id)
+        if request is not None:
+            self._release(request)
+
+    def forget(self, req_id: str) -> None:
+        """A request is finished or aborted."""
+        if req_id in self._requests:
+            self._end(req_id)
+            if self.idle_save is not None and not self._requests:
+                self.idle_save.idle()
+
+    def tree_of(self, req_id: str, scheduled: list[int]) -> DraftTree | None:
+        """The tree behind the flat tokens that the scheduler gives back.
+
+        The scheduler may have cut the list, or put in one of its own: that one is read as a
+        chain up to the first id that is no token.
+        """
+        request = self._requests.get(req_id)
+        tree = request.tree if request is not None else None
+        if tree is not None and tree.tokens[: len(scheduled)].tolist() == scheduled:
+            return tree.prefix(len(scheduled))
+        valid = next((i for i, token in enumerate(scheduled) if token < 0), len(scheduled))
+        return DraftTree.chain(scheduled[:valid]) if valid else None
+
+    def _end(self, req_id: str) -> None:
+        request = self._requests.pop(req_id)
+        self._release(request)
+        if self.tracing:
+            self.finished_origins[req_id] = request.origins
+
+    def _release(self, request: Request) -> None:
+        if request.slot != NO_SLOT:
+            self.drafting.release(request.slot)
+            self.on_release(request.slot)
+            request.slot = NO_SLOT
