@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,6 +125,17 @@ class Costs:
     overhead: float = 0.0
     planning: float = 0.0
 
+    @classmethod
+    def of(cls, shown: dict[str, Any]) -> Costs:
+        """Costs from what `as_dict` showed."""
+        curves = {
+            name: Curve([int(n) for n in shown[name]], [ms / 1000 for ms in shown[name].values()])
+            for name in ("target", "draft")
+            if name in shown
+        }
+        seconds = (shown["overhead"] / 1000, shown["planning"] / 1000)
+        return cls(curves["target"], curves.get("draft"), *seconds)
+
     def round(self, rows: int) -> float:
         """Seconds of a round of drafting with so many rows."""
         return self.planning + (self.draft.at(rows) if self.draft is not None else 0.0)
@@ -138,10 +150,10 @@ class Costs:
         """A step spent so long outside forwards."""
         self.overhead = _refined(self.overhead, seconds)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Milliseconds, by name, as shown to people."""
         curves = {"target": self.target, "draft": self.draft}
-        shown: dict[str, object] = {
+        shown: dict[str, Any] = {
             name: {str(n): round(1000 * curve.at(n), 3) for n in curve.sizes}
             for name, curve in curves.items()
             if curve is not None
@@ -163,7 +175,7 @@ class Costs:
         return path
 
 
-def read_costs(path: Path) -> dict[str, object]:
+def read_costs(path: Path) -> dict[str, Any]:
     """What `Costs.save` wrote.
 
     Raises:

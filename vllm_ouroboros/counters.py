@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -36,9 +36,15 @@ class Counters:
 
 
 class StepClock:
-    """Host time by phase, in seconds, of the last steps; model forwards are kept apart."""
+    """Host time by phase, in seconds, of the last steps; model forwards are kept apart.
 
-    def __init__(self, steps: int = 4096) -> None:
+    Args:
+        steps: that are kept.
+        now: seconds; a simulation has its own.
+    """
+
+    def __init__(self, steps: int = 4096, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.history: deque[dict[str, float]] = deque(maxlen=steps)
         self._current: dict[str, float] = {}
         self._model = 0.0
@@ -46,21 +52,21 @@ class StepClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of a block, less the model forwards inside it, to a phase."""
-        start, model = time.perf_counter(), self._model
+        start, model = self.now(), self._model
         try:
             yield
         finally:
-            spent = time.perf_counter() - start - (self._model - model)
+            spent = self.now() - start - (self._model - model)
             self._current[name] = self._current.get(name, 0.0) + spent
 
     @contextmanager
     def model(self) -> Iterator[None]:
         """A block that runs a forward of either model; its time goes to ``models``."""
-        start = time.perf_counter()
+        start = self.now()
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            spent = self.now() - start
             self._model += spent
             self._current["models"] = self._current.get("models", 0.0) + spent
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -147,7 +146,7 @@ class DraftRounds:
             requests: by slot, those that do more than take the argmax, with noise that drafting may
                 use up.
         """
-        start = time.perf_counter()
+        start = self.clock.now()
         self._catch_up(runner, behind, token_ids, MAX_KNOWN if self.policy is None else MAX_LAG)
         state, drafting, batch = self.drafting.state, self.drafting, len(slots)
         able = state.known[slots] + drafting.budget < self.draft.max_len
@@ -162,12 +161,12 @@ class DraftRounds:
             self._catch_up(runner, late, token_ids, MAX_KNOWN)
         able = state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
-        begin = time.perf_counter()
+        begin = self.clock.now()
         if len(slots):
             assert self.sampler is not None
             sampling = DraftSampling(self.sampler, runner, self.drafting, requests)
             self._run(runner, slots, rows, token_ids, sampling, batch)
-        end = time.perf_counter()
+        end = self.clock.now()
         if self.policy is not None and len(slots):
             self.policy.observe_drafting(end - begin)
         self.spent = end - start
@@ -220,10 +219,10 @@ class DraftRounds:
         sampling: DraftSampling,
     ) -> None:
         """One masked draft forward for some requests."""
-        begin = time.perf_counter()
+        begin = self.clock.now()
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids, self._width)
-        start = time.perf_counter()
+        start = self.clock.now()
         logits = self._logits(runner, rows, out, total, wanted)
         with self.clock.phase("choose"):
             predicted = np.zeros(total, np.int64)
@@ -231,7 +230,7 @@ class DraftRounds:
             predicted[index] = greedy(logits)
             if sampling:
                 sampling.choose(slots, rows, out, logits, predicted)
-        forward = time.perf_counter() - start
+        forward = self.clock.now() - start
         before = self.drafting.state.chain_len[slots]
         with self.clock.phase("absorb"):
             self.drafting.absorb(slots, out, predicted)
@@ -241,7 +240,7 @@ class DraftRounds:
                 self._think(slots, before, index, logits, sampling)
             gained = self.drafting.state.chain_len[slots] - before
             self.policy.observe_round(float(gained.mean()))
-            self.policy.costs.observe_round(total, forward, time.perf_counter() - begin)
+            self.policy.costs.observe_round(total, forward, self.clock.now() - begin)
 
     def _think(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,18 +37,26 @@ class OuroborosProposer:
 
     Args:
         vllm_config: the engine's configuration.
+        draft: stands in for the draft model that the configuration names.
+        clock: seconds of this one count.
 
     Raises:
         ConfigError: ``additional_config["ouroboros"]`` is wrong.
     """
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        draft: DraftModel | None = None,
+        clock: StepClock | None = None,
+    ) -> None:
         self.config = OuroborosConfig.from_vllm(vllm_config)
         config, scheduler = self.config, vllm_config.scheduler_config
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.budget: int = vllm_config.num_speculative_tokens
-        self.draft = None
-        if config.draft_model is not None:
+        self.draft = draft
+        if config.draft_model is not None and draft is None:
             self.draft = DraftModel(config.draft_model, vllm_config)
         self.eos = _eos_ids(vllm_config)
         self.drafting = Drafting(
@@ -65,7 +72,7 @@ class OuroborosProposer:
         )
         self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
         self.counters = Counters()
-        self.clock = StepClock()
+        self.clock = clock or StepClock()
         self.rounds = None
         if self.draft is not None:
             self.rounds = DraftRounds(
@@ -201,7 +208,7 @@ class OuroborosProposer:
                 forwards=self.forward_seconds + spent,
                 decoding=all(emitted),
             )
-            self.policy.end_step(step, time.perf_counter())
+            self.policy.end_step(step, self.clock.now())
 
     def _propose(
         self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray

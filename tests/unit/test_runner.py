@@ -115,11 +115,12 @@ def test_requests_are_made_known_in_the_order_of_their_lives(monkeypatch) -> Non
     monkeypatch.setattr(CPUModelRunner, "_update_states", update)
     runner = OuroborosCPURunner.__new__(OuroborosCPURunner)
     runner.requests, runner.input_batch = {}, SimpleNamespace(generators={})
-    runner.drafter = SimpleNamespace(
+    requests = SimpleNamespace(
         suspend=lambda *args: calls.append(("suspend", *args)),
         admit=lambda *args: calls.append(("admit", *args)),
         resume=lambda *args: calls.append(("resume", *args)),
     )
+    runner.drafter = SimpleNamespace(requests=requests)
     scheduled = SimpleNamespace(
         preempted_req_ids={"tired"},
         scheduled_new_reqs=[
