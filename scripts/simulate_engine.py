@@ -233,7 +233,10 @@ class SimulatedEngine:
             token_ids[row, : request.known] = request.text.tokens[: request.known]
             request.state.output_token_ids += emitted[row]
         prompts = np.array([request.text.prompt for request in self.live])
-        blocks = SimpleNamespace(block_size=MAX_LEN, num_blocks_per_row=np.ones(size, np.int32))
+        table = SimpleNamespace(np=np.arange(size, dtype=np.int32)[:, None])
+        blocks = SimpleNamespace(
+            block_size=MAX_LEN, num_blocks_per_row=np.ones(size, np.int32), block_table=table
+        )
         self.runner.input_batch = SimpleNamespace(
             req_ids=[request.name for request in self.live],
             num_prompt_tokens=prompts,

@@ -63,6 +63,7 @@ class Class:
 
     estimates: Estimates
     worth: float = 1.0  # tokens that drafting adds to a step of a request
+    steps: float = 32.0  # of a request
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Known:
     leaning: Leaning
     worth: float
     since: int = 0  # steps since that was seen
+    steps: int = 0
 
 
 class Policy:
@@ -97,7 +99,9 @@ class Policy:
         self._rounds = 2.0  # rounds that drafting for a step takes, as long as one may be
         self._longest = 1.0  # seconds that a round may take
         self._unlooked = 0.0  # seconds that passed without a draft
+        self._pays = True  # whether drafting did when it was last weighed
         self._look = 0  # steps that are still drafted for, to see whether it pays
+        self._spare = 0.0  # seconds that such a look may spend on reading
         self._last: tuple[float, Step] | None = None  # when the last step ended
 
     # -- requests and batches ------------------------------------------------------------------
@@ -111,10 +115,13 @@ class Policy:
         else:
             known.leaning.fade()
             known.since += 1
+            known.steps += 1
 
     def forget(self, slot: int) -> None:
         """The request of a slot is gone."""
-        self.requests.pop(slot, None)
+        known = self.requests.pop(slot, None)
+        if known is not None:
+            known.kind.steps += SMOOTH * (known.steps - known.kind.steps)
 
     def plain_step(self, requests: int) -> float:
         """Seconds of a step of a batch without any speculation."""
@@ -153,27 +160,56 @@ class Policy:
 
     # -- drafting ------------------------------------------------------------------------------
 
-    def drafts(self, slots: list[int], rows: int) -> np.ndarray:
+    def reads(self, slot: int, tokens: int) -> bool:
+        """Whether the draft model should read so many tokens of a prompt while it is at work."""
+        known = self.requests.get(slot)
+        if known is None or self.costs.draft is None or not self._pays:
+            return False
+        price = self.speed(len(self.requests)) * self.costs.draft.at(tokens)
+        return known.worth * known.kind.steps > price
+
+    def drafts(
+        self, slots: np.ndarray, rows: int, lags: np.ndarray, limits: np.ndarray
+    ) -> np.ndarray:
         """For which requests the draft model should run: bool [R].
 
         Args:
-            slots: of the requests.
+            slots: int64 [R].
             rows: of one draft forward for all of them.
+            lags: int32 [R], tokens that it would have to read first.
+            limits: int32 [R], tokens that each request may still have.
         """
         if self.costs.draft is None:
             return np.zeros(len(slots), np.bool_)
-        worth = np.array([self.requests[slot].worth for slot in slots])
+        known = [self.requests[slot] for slot in slots.tolist()]
+        price, speed = self.costs.draft, self.speed(len(slots))
+        reading = np.array([price.at(n) for n in lags.tolist()])
+        steps = np.minimum([max(1.0, one.kind.steps) for one in known], limits)
+        gains = np.array([one.worth for one in known]) - speed * reading / steps
         self._longest = self.costs.round(rows)
         seconds = self._rounds * self._longest
-        able = worth > 0
-        if worth[able].sum() > self.speed(len(slots)) * seconds:
-            chosen = able
-        else:
-            if self._look == 0 and self._unlooked * PROBING > LOOK * seconds:
-                self._look = LOOK
-            chosen = np.full(len(slots), self._look > 0)
+        able = gains > 0
+        self._pays = bool(gains[able].sum() > speed * seconds)
+        chosen = able if self._pays else self._looked_at(reading, seconds)
         if chosen.any():
-            self._unlooked, self._look = 0.0, max(0, self._look - 1)
+            self._unlooked = 0.0
+        return chosen
+
+    def _looked_at(self, reading: np.ndarray, seconds: float) -> np.ndarray:
+        """For whom to draft although it does not pay, to see whether that still holds: bool [R].
+
+        Args:
+            reading: float64 [R], seconds that the draft model needs before it can start.
+            seconds: that drafting for a step takes.
+        """
+        if self._look == 0:
+            self._spare = self._unlooked * PROBING - LOOK * seconds
+        order = np.argsort(reading, kind="stable")  # those that are read soonest
+        chosen = np.zeros(len(reading), np.bool_)
+        chosen[order] = np.cumsum(reading[order]) <= self._spare
+        if chosen.any():
+            self._spare -= reading[chosen].sum()
+            self._look = (self._look or LOOK) - 1
         return chosen
 
     def affords(self, requests: int, rows: int, fewer: int) -> bool:
@@ -238,23 +274,25 @@ class Policy:
         owner = np.repeat(np.arange(len(probabilities)), [len(p) for p in probabilities])
         return np.bincount(owner[order[:best]], minlength=len(probabilities))
 
-    def learn(self, slot: int, tree: DraftTree, alone: DraftTree | None, text: np.ndarray) -> None:
-        """A request's tree was verified.
+    def learn(
+        self, slot: int, tree: DraftTree, size: int, alone: DraftTree | None, text: np.ndarray
+    ) -> None:
+        """The target wrote what a request's tree was drafted for.
 
         Args:
             slot: of the request.
-            tree: that was verified.
+            tree: as it was grown.
+            size: nodes of it that were verified.
             alone: the tree that it would have had without the draft model, if that ran.
             text: int32 [m], what the target wrote.
         """
         known = self.requests.get(slot)
-        if known is None:  # the scheduler's list came before our first draft for the request
+        if known is None:  # the request was preempted
             return
-        if tree.kinds is not None:
-            known.kind.estimates.learn(tree, text, known.leaning)
+        known.kind.estimates.learn(tree, text, known.leaning)
         if alone is not None:
             right = known.kind.estimates.learn(alone, text, None)
-            rows = self.row_worth(len(self.requests)) * (len(tree.tokens) - len(alone.tokens))
+            rows = self.row_worth(len(self.requests)) * (size - len(alone.tokens))
             self._compare(known, len(text) - 1 - right - rows)
 
     def _compare(self, known: Known, worth: float) -> None:

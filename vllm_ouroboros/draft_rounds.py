@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_ouroboros.adaptive import Policy
 from vllm_ouroboros.counters import Counters, StepClock
+from vllm_ouroboros.draft_cache import Behind, DraftCache
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_sampling import DraftSampling
 from vllm_ouroboros.drafting import OTHERS, Drafting, Width
@@ -20,19 +21,8 @@ from vllm_ouroboros.tree import step_mask
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-MAX_LAG = 64
-"""Tokens that it may be behind on where it does not draft."""
 MAX_KNOWN = 16
 """Tokens that the draft model may catch up on inside a round; more go ahead of the rounds."""
-
-
-class Behind(NamedTuple):
-    """A request whose text should have draft KV."""
-
-    slot: int
-    row: int  # of the runner's batch
-    end: int  # tokens that the draft model should know
-    in_prompt: bool  # prompts are cached at once, outputs when enough have gathered
 
 
 def thoughts(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +55,7 @@ class DraftRounds:
         clock: StepClock,
     ) -> None:
         self.draft, self.drafting, self.max_rows = draft, drafting, max_rows
+        self.cache = DraftCache(draft, drafting, max_rows, self._forward)
         self.counters, self.clock = counters, clock
         self.sampler: TokenSampler | None = None  # the runner's, once there is one
         self.policy: Policy | None = None  # once costs are measured
@@ -80,53 +71,10 @@ class DraftRounds:
     def _most_rows(self, width: Width) -> int:
         return self.drafting.rows_of(width) + self.drafting.budget + MAX_KNOWN
 
-    def capacity(self, runner: GPUModelRunner, row: int) -> int:
-        """Positions of a request that have a draft KV slot."""
-        table = runner.input_batch.block_table[self.draft.kv_cache_gid]
-        return min(int(table.num_blocks_per_row[row]) * table.block_size, self.draft.max_len)
-
-    def _catch_up(
-        self, runner: GPUModelRunner, behind: list[Behind], token_ids: np.ndarray, lag: int
-    ) -> None:
-        """Fill draft KV that is more than ``lag`` tokens behind, in plain causal forwards.
-
-        A request that is not drafted for is kept up to date as well, less often: its blocks may
-        serve another request as a cached prefix.
-        """
-        cached = self.drafting.state.cached
-        chunks: list[list[tuple[int, int, int, int]]] = [[]]  # slot, row, start, end
-        room = self.max_rows
-        for slot, row, end, in_prompt in behind:
-            start, end = int(cached[slot]), min(end, self.capacity(runner, row))
-            if end - start <= (0 if in_prompt else lag):
-                continue
-            while start < end:
-                take = min(end - start, room)
-                chunks[-1].append((slot, row, start, start + take))
-                start, room = start + take, room - take
-                if room == 0:
-                    chunks.append([])
-                    room = self.max_rows
-        for chunk in filter(None, chunks):
-            positions = np.concatenate([np.arange(s, e) for _, _, s, e in chunk])
-            lengths = [end - start for _, _, start, end in chunk]
-            self._forward(
-                runner,
-                np.array([row for _, row, _, _ in chunk], np.int64),
-                np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
-                positions,
-                positions,
-                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-                np.array([s for _, _, s, _ in chunk], np.int32),
-                None,
-            )
-            for slot, _, _, end in chunk:
-                cached[slot] = end
-
     def run(
         self,
         runner: GPUModelRunner,
-        behind: list[Behind],
+        prompts: list[Behind],
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
@@ -135,30 +83,37 @@ class DraftRounds:
         """Bring the draft model up to date, then draft chains until every request has enough.
 
         Requests near the end of the draft model's context get none: the pool drafts for them. So
-        do those for which drafting does not pay.
+        do those for which drafting does not pay; their text is not read either.
 
         Args:
             runner: holds the block tables.
-            behind: all requests of the batch.
-            slots: int64 [R], slots of the requests in ``drafting``.
+            prompts: requests in the middle of their prompt, which may be read ahead.
+            slots: int64 [R], slots of the other requests in ``drafting``.
             rows: int64 [R], their rows in the runner's batch.
             token_ids: int32 [*, max_model_len].
             requests: by slot, those that do more than take the argmax, with noise that drafting may
                 use up.
         """
         start = self.clock.now()
-        self._catch_up(runner, behind, token_ids, MAX_KNOWN if self.policy is None else MAX_LAG)
+        self.cache.renew(runner)
         state, drafting, batch = self.drafting.state, self.drafting, len(slots)
         able = state.known[slots] + drafting.budget < self.draft.max_len
         slots, rows = slots[able], rows[able]
-        if self.policy is not None and len(slots):
-            self._width = self._affordable(self.policy, len(slots))
-            rows_of_round = self._expected_rows(len(slots), self._width)
-            chosen = self.policy.drafts(slots.tolist(), rows_of_round)
-            slots, rows = slots[chosen], rows[chosen]
-            drafted = set(slots.tolist())
-            late = [one for one in behind if one.slot in drafted]
-            self._catch_up(runner, late, token_ids, MAX_KNOWN)
+        if self.policy is not None:
+            prompts = [one for one in prompts if self.policy.reads(one.slot, self._lag(one))]
+            if len(slots):
+                self._width = self._affordable(self.policy, len(slots))
+                rows_of_round = self._expected_rows(len(slots), self._width)
+                lags = state.known[slots] - 1 - state.cached[slots]
+                lags[lags <= MAX_KNOWN] = 0  # these are read in the rounds
+                chosen = self.policy.drafts(slots, rows_of_round, lags, state.limit[slots])
+                slots, rows = slots[chosen], rows[chosen]
+        late = [
+            Behind(slot, row, int(state.known[slot]) - 1)
+            for slot, row in zip(slots.tolist(), rows.tolist(), strict=True)
+        ]
+        self.cache.catch_up(runner, late, token_ids, MAX_KNOWN)
+        self.cache.catch_up(runner, prompts, token_ids, 0)
         able = state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
         begin = self.clock.now()
@@ -169,7 +124,16 @@ class DraftRounds:
         end = self.clock.now()
         if self.policy is not None and len(slots):
             self.policy.observe_drafting(end - begin)
+        read = [*late, *prompts]
+        self.cache.mark(
+            runner,
+            np.array([one.slot for one in read], np.int64),
+            np.array([one.row for one in read], np.int64),
+        )
         self.spent = end - start
+
+    def _lag(self, one: Behind) -> int:
+        return one.end - int(self.drafting.state.cached[one.slot])
 
     def _run(
         self,

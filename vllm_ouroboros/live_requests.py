@@ -32,6 +32,7 @@ class Request:
     sampled: Sampled
     max_tokens: int
     tree: DraftTree | None = None
+    grown: DraftTree | None = None  # what it was cut from, if the policy did that
     alone: DraftTree | None = None  # what it would be without the draft model
     origins: list[int] = field(default_factory=list)
 
@@ -56,6 +57,7 @@ class LiveRequests:
         self.max_model_len = max_model_len
         self.device = torch.device("cpu")
         self.custom_processors = self.opaque_processors = False
+        self.read: Callable[[str, int], int] = lambda req_id, computed: computed
         self.on_release: Callable[[int], None] = lambda slot: None
         self.idle_save: IdleSave | None = None
         self.tracing = False
@@ -114,7 +116,7 @@ class LiveRequests:
         if request.slot == NO_SLOT:
             request.slot = self.drafting.add(request.scope)
         request.tree = None
-        self.drafting.reset(request.slot, num_computed)
+        self.drafting.reset(request.slot, self.read(req_id, num_computed) if num_computed else 0)
 
     def suspend(self, req_id: str) -> None:
         """A request is preempted: its KV is gone, it may come back."""

@@ -13,8 +13,9 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm_ouroboros.adaptive import Policy, Step
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.counters import Counters, StepClock
+from vllm_ouroboros.draft_cache import Behind
 from vllm_ouroboros.draft_model import DraftModel
-from vllm_ouroboros.draft_rounds import Behind, DraftRounds
+from vllm_ouroboros.draft_rounds import DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
 from vllm_ouroboros.idle_save import IdleSave
 from vllm_ouroboros.live_requests import LiveRequests
@@ -90,7 +91,7 @@ class OuroborosProposer:
         if self.rounds is not None:
             self.rounds.sampler = sampler
         processors, requests = [*sampler.processors.all], self.requests
-        requests.device = runner.device
+        requests.device, requests.read = runner.device, self._read
         requests.custom_processors = any(
             not isinstance(p, tuple(BUILTIN_LOGITS_PROCESSORS)) for p in processors
         )
@@ -103,6 +104,13 @@ class OuroborosProposer:
                 "ouroboros_stateless = True.",
                 ", ".join(opaque),
             )
+
+    def _read(self, req_id: str, computed: int) -> int:
+        """How many of the tokens that a request starts with have draft KV."""
+        if self.rounds is None:
+            return computed
+        row = self.runner.input_batch.req_id_to_index[req_id]
+        return self.rounds.cache.prefix(self.runner, row, computed)
 
     @property
     def runner(self) -> GPUModelRunner:
@@ -151,16 +159,17 @@ class OuroborosProposer:
             if found is not None:
                 root = int(token_ids[row, self.drafting.state.known[request.slot] - 1])
                 self.drafting.learn(request.slot, root, found.tree, found.predicted)
-                if self.policy is not None:
-                    text = np.array(tokens, np.int32)
-                    self.policy.learn(request.slot, found.tree, request.alone, text)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
+            if self.policy is not None and request.grown is not None:
+                text = np.array(tokens, np.int32)
+                size = len(found.tree.tokens) if found is not None else 0
+                self.policy.learn(request.slot, request.grown, size, request.alone, text)
             if self.requests.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
-            request.tree = request.alone = None
+            request.tree = request.grown = request.alone = None
 
     def propose(
         self,
@@ -214,7 +223,7 @@ class OuroborosProposer:
         self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
     ) -> list[list[int]]:
         runner, batch = self.runner, self.runner.input_batch
-        behind: list[Behind] = []
+        prompts: list[Behind] = []
         slots, rows = [], []
         sampled: dict[int, Sampled] = {}
         for row, emitted in enumerate(sampled_token_ids):
@@ -222,16 +231,17 @@ class OuroborosProposer:
             request = self.requests[req_id]
             slot, length = request.slot, int(lengths[row])
             if not emitted:
-                behind.append(Behind(slot, row, self._computed(req_id, row), True))
+                prompts.append(Behind(slot, row, self._computed(req_id, row)))
+                if self.policy is not None:
+                    self.policy.meet(slot, request.sampled.plain)
                 continue
             text, prompt = token_ids_cpu[row], int(batch.num_prompt_tokens[row])
             if self.drafting.state.fed[slot] == 0:
                 self.drafting.commit(slot, text, length - len(emitted), PhraseSource.PROMPT)
             self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
-            behind.append(Behind(slot, row, length - 1, length - 1 <= prompt))
             limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
             if request.speculates and limit > 0 and emitted[-1] not in request.sampled.stops:
-                capacity = self.rounds.capacity(runner, row) if self.rounds else 0
+                capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
                 self.drafting.start(slot, length, limit, capacity, request.narrow)
                 slots.append(slot)
                 rows.append(row)
@@ -241,7 +251,7 @@ class OuroborosProposer:
                     sampled[slot] = request.sampled.ahead()
         slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
         if self.rounds is not None:
-            self.rounds.run(runner, behind, slot_array, row_array, token_ids_cpu, sampled)
+            self.rounds.run(runner, prompts, slot_array, row_array, token_ids_cpu, sampled)
         with self.clock.phase("build"):
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             if self.policy is not None:
@@ -286,6 +296,8 @@ class OuroborosProposer:
         )
         trees, probabilities = drafting.grow(slots, rows, token_ids, rates, least)
         worth = policy.row_worth(requests)
+        for row, tree in zip(rows.tolist(), trees, strict=True):
+            self.requests[ids[row]].grown = tree
         for i, tree, p in zip(drafted.tolist(), alone, promised, strict=True):
             self.requests[ids[rows[i]]].alone = tree.prefix(int((p > worth).sum()))
         sizes = policy.sizes(probabilities, requests)

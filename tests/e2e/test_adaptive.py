@@ -33,7 +33,8 @@ class Known(Curve):
 worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 policy = worker.model_runner.drafter.policy
 policy.costs = Costs(Known([1, 512], [0.1, 0.1001]), Known([1], [0.001]))
-policy.end_step = lambda step, now: None  # nor does it see how fast steps really are
+# nor does it see how fast steps and rounds really are, which hangs on what else runs here
+policy.end_step = policy.observe_drafting = policy.costs.observe_round = lambda *seen: None
 runs = []
 for prompts, params in job["runs"]:
     before = vllm_ouroboros.stats(llm)

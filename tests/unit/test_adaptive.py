@@ -234,18 +234,16 @@ def test_rates_follow_the_request() -> None:
     policy = policy_of(0.2, 0.1, 0, 1)
     tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE] * 3)
     for _ in range(30):
-        policy.learn(0, tree, None, text(1, 2, 3, 0))
-        policy.learn(1, tree, None, text(9))
+        policy.learn(0, tree, 3, None, text(1, 2, 3, 0))
+        policy.learn(1, tree, 3, None, text(9))
     good, bad = policy.rates([0, 1])
     assert good[SURE] > bad[SURE]
     policy.forget(1)
     policy.meet(1, True)
     assert policy.requests[1].leaning.factor == 1
     before = policy.greedy.estimates.turns.copy()
-    policy.learn(1, tree._replace(kinds=None), None, text(1))  # a list of the scheduler's own
-    assert (policy.greedy.estimates.turns == before).all()
     policy.meet(2, False)  # requests that sample are a class of their own
-    policy.learn(2, tree, None, text(9))
+    policy.learn(2, tree, 3, None, text(9))
     assert (policy.greedy.estimates.turns == before).all()
     assert policy.drawn.estimates.turns.sum() == 1
     assert policy.rates([]).shape == (0, KINDS)
@@ -259,18 +257,23 @@ def test_drafting_goes_on_while_the_chain_is_likely_to_get_there() -> None:
     assert not policy_of(0.1, 9.0, 0, 1).goes_on(slots, confidence, lengths, 20, 2).any()
 
 
+def drafts_of(policy: Policy, *slots: int, lags=0, limits=26) -> np.ndarray:
+    shape = len(slots)
+    return policy.drafts(np.array(slots), 10, np.full(shape, lags), np.full(shape, limits))
+
+
 def drive(policy: Policy, steps: int, right: bool, seconds: float = 1.0) -> list[bool]:
     """Steps of one request whose drafts are right, or wrong; the pool alone never helps."""
     tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE] * 3)
     nothing, now, drafted = tree.prefix(0), policy._last[0] if policy._last else 0.0, []
     for _ in range(steps):
         policy.meet(0, True)
-        [drafts] = policy.drafts([0], 10).tolist()
+        [drafts] = drafts_of(policy, 0).tolist()
         drafted.append(drafts)
         written = text(1, 2, 3, 0) if right and drafts else text(9)
         if drafts:
             policy.observe_drafting(policy.costs.round(10))
-            policy.learn(0, tree, nothing, written)
+            policy.learn(0, tree, 3, nothing, written)
         now += seconds + drafts * policy.costs.round(10)
         policy.end_step(Step(1, len(written), 1.0, True), now)
     return drafted
@@ -284,7 +287,7 @@ def test_drafts_that_do_not_pay_end_and_are_looked_at_again() -> None:
     assert 0 < sum(late) * 0.3 / len(late) < 0.012
     assert sum(late) % LOOK == 0
     assert all(drive(policy, 3000, True)[-100:])
-    assert not Policy(Costs(curve(1.0, 0.0), None)).drafts([0], 10).any()
+    assert not drafts_of(Policy(Costs(curve(1.0, 0.0), None)), 0).any()
 
 
 def test_only_those_are_drafted_for_whom_it_helps() -> None:
@@ -293,9 +296,58 @@ def test_only_those_are_drafted_for_whom_it_helps() -> None:
     for _ in range(60):
         policy.meet(0, True)
         policy.meet(1, True)
-        policy.learn(0, tree, tree.prefix(0), text(1, 2, 0))
-        policy.learn(1, tree, tree.prefix(0), text(9))
-    assert policy.drafts([0, 1], 10).tolist() == [True, False]
+        policy.learn(0, tree, 2, tree.prefix(0), text(1, 2, 0))
+        policy.learn(1, tree, 2, tree.prefix(0), text(9))
+    assert drafts_of(policy, 0, 1).tolist() == [True, False]
+
+
+def test_drafts_that_are_never_verified_end() -> None:
+    """Rows may be so dear that not one node of a drafted tree is verified."""
+    policy = policy_of(0.0, 0.1, 0)
+    tree = tree_of([1], [ROOT], [SURE])
+    for _ in range(100):
+        policy.meet(0, True)
+        if drafts_of(policy, 0).any():
+            policy.learn(0, tree, 0, tree.prefix(0), text(9))
+    assert not drafts_of(policy, 0).any()
+    assert policy.rates([0])[0][SURE] < 0.5  # the text says that it would have been wrong
+
+
+def test_a_text_is_read_for_what_drafting_will_bring() -> None:
+    """Long prompts with short answers are left unread."""
+    policy = Policy(Costs(curve(1.0, 0.0), curve(0.001, 0.01)))
+    policy.meet(0, True)
+    assert policy.reads(0, 10)
+    assert not policy.reads(0, 10000)
+    assert not policy.reads(7, 1)  # a stranger
+    assert drafts_of(policy, 0, lags=10).all()
+    assert not drafts_of(policy, 0, lags=10000).any()
+    assert not drafts_of(policy, 0, lags=300, limits=2).any()
+    for _ in range(60):
+        policy.forget(0)
+        policy.meet(0, True)  # requests turn out to end at once
+    assert not drafts_of(policy, 0, lags=300).any()
+    assert not policy.reads(0, 300)
+    assert not Policy(Costs(curve(1.0, 0.0), None)).reads(0, 1)
+
+
+def test_a_look_reads_little() -> None:
+    """Of requests that were not read, a look takes those that it can read in its time."""
+    policy = Policy(Costs(curve(1.0, 0.0), curve(0.01, 0.01)))
+    for slot in range(2):
+        policy.meet(slot, True)
+        policy.requests[slot].worth = -1.0
+    lags, limits = np.array([900, 20]), np.full(2, 26)
+    chosen = []
+    for now in range(400):
+        policy.end_step(step(2, 2), float(now))
+        chosen.append(policy.drafts(np.arange(2), 2, lags, limits).tolist())
+        if chosen[-1][1]:
+            lags[1] = 0  # it has been read now
+    first = chosen.index([False, True])
+    assert chosen[first : first + LOOK] == [[False, True]] * LOOK
+    assert chosen[first + LOOK] == [False, False]
+    assert not any(one for one, _ in chosen)
 
 
 def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model() -> None:
@@ -304,7 +356,7 @@ def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model(
     alone = tree_of([1, 2], [ROOT, 0], [ALONE_NEW] * 2)
     for _ in range(100):
         policy.meet(0, True)
-        policy.learn(0, tree, alone, text(1, 2, 0))
+        policy.learn(0, tree, 2, alone, text(1, 2, 0))
     assert policy.requests[0].worth == pytest.approx(0.0, abs=0.02)
     assert policy.greedy.estimates.rates(Leaning())[ALONE_NEW] > 0.9
 
