@@ -1,11 +1,13 @@
 # Each target works as the only command on a fresh clone: it makes .venv first if need be.
 #   make demo EXTRA=cuda      another vLLM build (default: cpu)
 #   make test PYTEST_ARGS=-x  more options for pytest; PYTHON=python3.12 picks the interpreter
+#   make test JOBS=0          one process for all tests; otherwise each has engines of its own
 
 PYTHON      ?= python3
 VENV        ?= .venv
 EXTRA       ?= cpu
 PYTEST_ARGS ?=
+JOBS        ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
@@ -37,7 +39,7 @@ demo: $(STAMP)  ## generate with and without Ouroboros on the shipped pair and c
 # The shipped models are files of the package: no test needs a network.
 test: $(STAMP)  ## run every test (unit, kernels, e2e on the CPU)
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 \
-	    $(BIN)/pytest --import-mode=importlib tests $(PYTEST_ARGS)
+	    $(BIN)/pytest --import-mode=importlib -n $(JOBS) --dist loadfile tests $(PYTEST_ARGS)
 
 quality: $(STAMP)  ## formatter, linter, types and the direction of imports
 	$(BIN)/ruff format --check .

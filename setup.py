@@ -68,6 +68,7 @@ setup(
             "mypy~=2.4.1",
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff~=0.17.5",
         ],
     },

@@ -1,14 +1,16 @@
-"""Host work of a step outside model forwards, by phase: propose, tree, accept, compact.
+"""Where the time of a step goes: forwards, this plugin's work by phase, and vLLM's own.
 
     VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \\
         python scripts/bench_host.py --out benchmarks/host.jsonl
 
-Runs the shipped pair through vLLM's engine at batch 1 and 32 and prints the median milliseconds of
-the steps at full batch. `propose` contains `learn` (phrases from verification, prompts, history),
-`plan` and `absorb` (rounds), `draft_inputs` (slots and attention metadata of draft forwards) and
-`build` (trees); `tree` lays out the trees of the target's forward; `accept` is vLLM's sampler and
-the walk; `compact` moves KV. Forwards of either model are not host work: `models` is the time of
-both, the draft model's logits included.
+Runs a pair through vLLM's engine at batch 1 and 32 and prints the median milliseconds of the steps
+at full batch. `step` is all of it: `target` (its forward), `draft` (forwards of the draft model,
+its logits included), `host` (this plugin's work, vLLM's sampler included) and `vllm` (the rest:
+scheduler, inputs, the target's logits, processes). Host work has four phases: `propose`, `tree`
+(layout of the trees of the target's forward), `accept` (vLLM's sampler and the walk) and `compact`
+(moves KV). `propose` contains `learn` (phrases from verification, prompts, history), `plan`,
+`absorb`, `choose` and `think` (rounds), `draft_inputs` (slots and attention metadata of draft
+forwards) and `build` (trees). `tokens` and `nodes` are means of a request's step.
 """
 
 from __future__ import annotations
@@ -26,24 +28,33 @@ from bench_forwards import commit, cpu_name, installed
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
 HOST = ("propose", "tree", "accept", "compact")
-PARTS = ("learn", "plan", "draft_inputs", "absorb", "build", "models")
+PARTS = ("learn", "plan", "draft_inputs", "choose", "think", "absorb", "build")
 
 
 def measure(llm, prompts: list[str], batch: int, max_tokens: int) -> dict:
     """Median milliseconds by phase over the steps that had ``batch`` requests."""
     from vllm import SamplingParams
 
+    import vllm_ouroboros
+
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     before = len(llm.collective_rpc("ouroboros_step_times")[0])
+    counted = vllm_ouroboros.stats(llm)
     for first in range(0, len(prompts), batch):
         llm.generate(prompts[first : first + batch], params, use_tqdm=False)
+    used = {key: value - counted[key] for key, value in vllm_ouroboros.stats(llm).items()}
     steps = llm.collective_rpc("ouroboros_step_times")[0][before:]
     # steps that carry a prompt are not decode steps: they feed whole prompts to the pool
     full = [s for s in steps if s["batch"] == batch and s.get("tree", 0) > 0]
+    for s in full:
+        s["host"] = sum(s.get(k, 0.0) for k in HOST)
+        s["vllm"] = s["step"] - s["host"] - s.get("target", 0.0) - s.get("draft", 0.0)
     row: dict = {"batch": batch, "steps": len(full)}
-    row["host_ms"] = statistics.median(1e3 * sum(s.get(k, 0) for k in HOST) for s in full)
-    for name in HOST + PARTS:
+    for name in ("step", "target", "draft", "host", "vllm", *HOST, *PARTS):
         row[f"{name}_ms"] = statistics.median(1e3 * s.get(name, 0.0) for s in full)
+    row["tokens"] = used["emitted_tokens"] / used["steps"]
+    row["nodes"] = used["verified_nodes"] / used["steps"]
+    row["draft_forwards"] = used["draft_forwards"] / used["target_forwards"]
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -55,18 +66,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=PAIR.parent / "prompts.jsonl")
     parser.add_argument("--target", default=str(PAIR / "target"))
     parser.add_argument("--draft", default=str(PAIR / "draft"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--config", type=json.loads, default={}, help="of Ouroboros, JSON")
     parser.add_argument("--out", type=Path, help="JSON lines to append the rows to")
     args = parser.parse_args()
     from vllm import LLM
 
     texts = [json.loads(line)["prompt"].rstrip("\n") for line in args.prompts.open()]
     llm = LLM(
-        model=args.target, dtype="float32", max_model_len=1024, max_num_seqs=max(args.batches),
-        enforce_eager=True, disable_log_stats=True, enable_prefix_caching=False,
+        model=args.target, dtype=args.dtype, max_model_len=1024, max_num_seqs=max(args.batches),
+        disable_log_stats=True, enable_prefix_caching=False,
         speculative_config={
             "model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 26,
         },
-        additional_config={"ouroboros": {"draft_model": args.draft, "adaptive": False}},
+        additional_config={"ouroboros": {"draft_model": args.draft, **args.config}},
     )  # fmt: skip
     meta = {
         "command": " ".join(["python", *sys.argv]),

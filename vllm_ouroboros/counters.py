@@ -36,7 +36,7 @@ class Counters:
 
 
 class StepClock:
-    """Host time by phase, in seconds, of the last steps; model forwards are kept apart.
+    """Host time by phase, in seconds, of the last steps; forwards are ``target`` and ``draft``.
 
     Args:
         steps: that are kept.
@@ -48,6 +48,7 @@ class StepClock:
         self.history: deque[dict[str, float]] = deque(maxlen=steps)
         self._current: dict[str, float] = {}
         self._model = 0.0
+        self._last = now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -60,17 +61,18 @@ class StepClock:
             self._current[name] = self._current.get(name, 0.0) + spent
 
     @contextmanager
-    def model(self) -> Iterator[None]:
-        """A block that runs a forward of either model; its time goes to ``models``."""
+    def model(self, name: str) -> Iterator[None]:
+        """A block that runs a forward of the model of that name; kept apart from host time."""
         start = self.now()
         try:
             yield
         finally:
             spent = self.now() - start
             self._model += spent
-            self._current["models"] = self._current.get("models", 0.0) + spent
+            self._current[name] = self._current.get(name, 0.0) + spent
 
     def end_step(self, batch: int) -> None:
-        """Close the record of a step of ``batch`` requests."""
-        self.history.append({"batch": batch, **self._current})
-        self._current = {}
+        """Close the record of a step of ``batch`` requests; ``step`` is the time since the last."""
+        end = self.now()
+        self.history.append({"batch": batch, "step": end - self._last, **self._current})
+        self._current, self._last = {}, end

@@ -159,10 +159,10 @@ class DraftModel:
             metadata = self._causal(
                 runner, requests, places, query_start_loc, context_lens, slots_tensor
             )
-            with clock.model():
+            with clock.model("draft"):
                 return self._run(metadata, ids, places, slots_tensor)
         tree.block_table = table.block_table.gpu[torch.from_numpy(requests).to(device)]
-        with clock.model():
+        with clock.model("draft"):
             if self.graphs is not None and self.graphs.fits(tree):  # type: ignore[arg-type]
                 return self.graphs.replay(tree, ids, places, slots_tensor)  # type: ignore[arg-type]
             return self.masked(tree, ids, places, slots_tensor)

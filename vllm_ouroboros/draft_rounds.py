@@ -269,7 +269,7 @@ class DraftRounds:
             runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
             out.query_start_loc, out.context_lens, tree,
         )  # fmt: skip
-        with self.clock.model():
+        with self.clock.model("draft"):
             return self.draft.logits(hidden, out.logits_rows[:wanted])
 
     def _forward(self, *args) -> torch.Tensor:

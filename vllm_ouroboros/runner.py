@@ -208,7 +208,7 @@ class TreeRunner(GPUModelRunner):
         drafter = self.drafter
         drafter.counters.target_forwards += 1
         start = time.perf_counter()
-        with drafter.clock.model():
+        with drafter.clock.model("target"):
             output = super()._model_forward(*args, **kwargs)
         if drafter.policy is not None:
             rows, curve = sum(self.scheduled_tokens.values()), drafter.policy.costs.target
