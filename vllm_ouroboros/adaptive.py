@@ -99,6 +99,7 @@ class Policy:
         self._rounds = 2.0  # rounds that drafting for a step takes, as long as one may be
         self._longest = 1.0  # seconds that a round may take
         self._unlooked = 0.0  # seconds that passed without a draft
+        self._drafted = False  # whether drafting has ever been tried
         self._pays = True  # whether drafting did when it was last weighed
         self._look = 0  # steps that are still drafted for, to see whether it pays
         self._spare = 0.0  # seconds that such a look may spend on reading
@@ -192,7 +193,7 @@ class Policy:
         self._pays = bool(gains[able].sum() > speed * seconds)
         chosen = able if self._pays else self._looked_at(reading, seconds)
         if chosen.any():
-            self._unlooked = 0.0
+            self._unlooked, self._drafted = 0.0, True
         return chosen
 
     def _looked_at(self, reading: np.ndarray, seconds: float) -> np.ndarray:
@@ -204,6 +205,8 @@ class Policy:
         """
         if self._look == 0:
             self._spare = self._unlooked * PROBING - LOOK * seconds
+            if not self._drafted:  # what it costs is only known from the start of the engine
+                self._spare = float(reading.min())
         order = np.argsort(reading, kind="stable")  # those that are read soonest
         chosen = np.zeros(len(reading), np.bool_)
         chosen[order] = np.cumsum(reading[order]) <= self._spare

@@ -64,6 +64,7 @@ class RunResult:
         first: seconds to the first token, of each request that has one.
         each: seconds for each token after the first, of each request that has two.
         counters: differences over the run; see `METRICS` and ``vllm_ouroboros.stats``.
+        costs: of our engine after the run; see `vllm_ouroboros.costs.Costs.as_dict`.
     """
 
     groups: list[tuple[int, float]]
@@ -71,6 +72,7 @@ class RunResult:
     first: list[float]
     each: list[float]
     counters: dict[str, int] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
 
 
 def warm_up_prompts(count: int) -> list[str]:
@@ -148,6 +150,7 @@ class Engine:
             first=[o.metrics.first_token_latency for o in outputs if o.metrics is not None],
             each=time_per_token(outputs),
             counters={name: after[name] - before.get(name, 0) for name in after},
+            costs=self.llm.collective_rpc("ouroboros_costs")[0] if self.ours else {},
         )
 
     def _generate(

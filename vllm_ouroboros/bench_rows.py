@@ -160,6 +160,7 @@ def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]
         "tokens_per_second": speed(run),
         "groups": [[tokens, round(seconds, 6)] for tokens, seconds in run.groups],
         "counters": run.counters,
+        "costs": run.costs,
         "commit": facts["commit"],
         "time": facts["time"],
     }

@@ -17,6 +17,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)
 REPEATS = 3
 LIMIT = 4.0  # seconds that a measurement may take, the size it is at included once more
 MEMORY = 0.05  # share of a new observation in what is refined
+FIRST = 8  # observations that weigh more
 SUFFIX = ".costs.json"
 """What the name of a pool's file gets for that of the costs."""
 WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
@@ -59,15 +60,19 @@ class Curve:
         sizes: rows, ascending.
         seconds: measured for each.
         factor: what forwards took online, against this; see `observe`.
+        observed: how many of them there were.
     """
 
     sizes: Sequence[int]
     seconds: Sequence[float]
     factor: float = 1.0
+    observed: int = 0
     _table: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
-        self.seconds = np.maximum.accumulate(np.asarray(self.seconds, float)).tolist()
+        # whatever disturbs a measurement makes it longer: fewer rows never cost more than more rows
+        falling = np.asarray(self.seconds, float)[::-1]
+        self.seconds = np.minimum.accumulate(falling)[::-1].tolist()
 
     def table(self, rows: int) -> np.ndarray:
         """Seconds float64 [rows + 1] of forwards of 0, 1, 2 ... rows; none costs nothing."""
@@ -84,9 +89,12 @@ class Curve:
         expected = self._at(rows)
         if rows > 0 and expected > 0:
             seen = min(max(seconds / expected, self.factor / WIDEST), self.factor * WIDEST)
-            # what these rows cost against others, then what all cost against the start
+            # what these rows cost against others, then what all cost against the start; the first
+            # observations weigh more, for the start may have been unlike what came then
             self._bend(rows, MEMORY * (seen / self.factor - 1.0))
-            self.factor += MEMORY * (seen - self.factor)
+            self.observed += 1
+            weight = 0.5 if self.observed <= FIRST else MEMORY
+            self.factor += weight * (seen - self.factor)
 
     def _bend(self, rows: int, share: float) -> None:
         """Change the seconds of the sizes around ``rows`` by up to this share."""

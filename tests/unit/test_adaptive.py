@@ -50,7 +50,7 @@ def curve(fixed: float, row: float) -> Curve:
 
 def test_a_curve_interpolates_never_falls_and_goes_on() -> None:
     one = Curve([1, 2, 4, 8], [4.0, 3.0, 6.0, 8.0])
-    assert [one.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 4, 4, 5, 6, 7, 8, 9]
+    assert [one.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 3, 3, 4.5, 6, 7, 8, 9]
     assert one.table(10).tolist() == [one.at(n) for n in range(11)]
     assert one.table(100)[100] == one.at(100)
     assert Curve([1], [2.0]).at(3) == 6
@@ -344,10 +344,25 @@ def test_a_look_reads_little() -> None:
         chosen.append(policy.drafts(np.arange(2), 2, lags, limits).tolist())
         if chosen[-1][1]:
             lags[1] = 0  # it has been read now
-    first = chosen.index([False, True])
-    assert chosen[first : first + LOOK] == [[False, True]] * LOOK
-    assert chosen[first + LOOK] == [False, False]
+    assert chosen[:LOOK] == [[False, True]] * LOOK  # at once, whatever it may cost
+    assert chosen[LOOK] == [False, False]
+    assert LOOK < sum(two for _, two in chosen) < 100
     assert not any(one for one, _ in chosen)
+
+
+def test_a_cost_that_was_measured_wrong_is_found_out() -> None:
+    """An engine that starts on a busy machine may think drafting a hundred times too dear."""
+    policy = Policy(Costs(curve(1.0, 0.0), curve(10.0, 0.0)))
+    policy.meet(0, True)
+    chosen = []
+    for now in range(100):
+        chosen.append(bool(drafts_of(policy, 0).any()))
+        if chosen[-1]:
+            for _ in range(2):
+                policy.costs.observe_round(10, 0.1, 0.1)
+            policy.observe_drafting(0.2)
+        policy.end_step(step(1, 3 if chosen[-1] else 1, 1.1), float(now))
+    assert all(chosen)
 
 
 def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model() -> None:
