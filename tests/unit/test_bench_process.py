@@ -213,7 +213,7 @@ def test_a_run_of_our_engine() -> None:
     assert llm.log[0] == (bench_engine.warm_up_prompts(2), bench_engine.WARM_UP_TOKENS)
     assert llm.log[1:] == [
         "ouroboros_reset_pool", (["x"], 8), "ouroboros_stats", (["a", "b"], 8), (["c"], 8),
-        "ouroboros_stats",
+        "ouroboros_stats", "ouroboros_costs",
     ]  # fmt: skip
     assert done == [2, 1]
     assert [tokens for tokens, _ in result.groups] == [6, 3]
