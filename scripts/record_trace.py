@@ -8,13 +8,13 @@ See `simulate.py`, which needs no model any more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from pair_data import read_prompts
 from simulate_trace import FIRST, Text, Trace
 from transformers import AutoTokenizer
 
@@ -76,8 +76,7 @@ def main(
         shape = (limit, random_tokens)
         ids = np.random.default_rng(0).integers(0, len(tokenizer), shape).tolist()
     elif prompts is not None:
-        lines = prompts.read_text().splitlines()[:limit]
-        ids = [tokenizer.encode(json.loads(line)["prompt"].rstrip("\n")) for line in lines]
+        ids = [tokenizer.encode(text.rstrip("\n")) for text in read_prompts(prompts)[:limit]]
     else:
         raise typer.BadParameter("give --prompts FILE, or --random-tokens N")
     engine = {"dtype": dtype, "max_model_len": 2048, "enforce_eager": True}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from bench_forwards import commit
 from rich.console import Console
 from rich.table import Table
 from simulate_engine import SimulatedEngine
@@ -106,7 +107,10 @@ def compare(
         for row in rows:
             row["over_vanilla"] = round(row["tokens_per_s"] / vanilla["tokens_per_s"], 3)
             if out is not None:
-                facts = {"trace": name, "draft": draft.value, "costs": str(costs.name)}
+                facts = {
+                    "trace": name, "requests": len(said.texts), "draft": draft.value,
+                    "costs": costs.name, "commit": commit(),
+                }  # fmt: skip
                 with out.open("a") as file_out:
                     file_out.write(json.dumps({**facts, **row}, ensure_ascii=False) + "\n")
         share = adaptive["tokens_per_s"] / best["tokens_per_s"]

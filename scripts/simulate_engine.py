@@ -45,7 +45,6 @@ class ReplayedDraft:
         assert costs.draft is not None
         self.vocab, self.costs, self.watch = vocab, costs, watch
         self.live: list[Text] = []  # by row of the batch
-        self.forwards = 0
 
     def forward(
         self, clock, runner, requests, tokens, positions, writes, query_start_loc, contexts, tree
@@ -53,7 +52,6 @@ class ReplayedDraft:
         """Text and place of each row, in the place of hidden states."""
         del clock, runner, writes, contexts, tree
         self.watch.seconds += self.costs.round(len(tokens))
-        self.forwards += 1
         rows: list[tuple[Text, int]] = []
         for row, first, last in zip(
             requests.tolist(), query_start_loc[:-1].tolist(), query_start_loc[1:].tolist(),
@@ -142,6 +140,8 @@ class SimulatedEngine:
         )
         nothing: Any = SimpleNamespace(processors=SimpleNamespace(all=[]))
         self.proposer.bind(self.runner, nothing)
+        if self.proposer.rounds is not None:
+            self.proposer.rounds.cache.allocate(batch)
         if self.proposer.config.adaptive:
             self.proposer.adapt(Policy(costs))
 

@@ -80,7 +80,7 @@ class Known:
     leaning: Leaning
     worth: float
     since: int = 0  # steps since that was seen
-    steps: int = 0
+    steps: int = 0  # that it has taken
 
 
 class Policy:

@@ -47,6 +47,10 @@ class DraftCache:
         self._forward = forward
         self._complete = np.zeros(0, np.bool_)  # by block: all of its positions have draft KV
 
+    def allocate(self, blocks: int) -> None:
+        """There are so many blocks, and none of them has draft KV."""
+        self._complete = np.zeros(blocks, np.bool_)
+
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
         table = runner.input_batch.block_table[self.draft.kv_cache_gid]
@@ -67,23 +71,16 @@ class DraftCache:
             end = start + runner.scheduled_tokens[req_id]
             self._complete[ids[start // size : -(-end // size)]] = False
 
-    def mark(self, runner: GPUModelRunner, slots: np.ndarray, rows: np.ndarray) -> None:
-        """Note which blocks of some requests, int64 [R] each, are filled."""
-        state = self.drafting.state
-        known = np.minimum(state.cached[slots], state.known[slots])
-        for row, tokens in zip(rows.tolist(), known.tolist(), strict=True):
+    def mark(self, runner: GPUModelRunner, read: list[Behind]) -> None:
+        """Note which blocks of some requests are filled with draft KV of their text."""
+        for slot, row, end in read:
             ids, size = self._blocks(runner, row)
-            self._complete[ids[: tokens // size]] = True
+            self._complete[ids[: min(int(self.drafting.state.cached[slot]), end) // size]] = True
 
     def _blocks(self, runner: GPUModelRunner, row: int) -> tuple[np.ndarray, int]:
         """Ids of a row's blocks, and how many tokens each holds."""
         table = runner.input_batch.block_table[self.draft.kv_cache_gid]
         ids = table.block_table.np[row, : table.num_blocks_per_row[row]]
-        most = int(ids.max(initial=0))
-        if most >= len(self._complete):
-            grown = np.zeros(2 * most + 1, np.bool_)
-            grown[: len(self._complete)] = self._complete
-            self._complete = grown
         return ids, int(table.block_size)
 
     def catch_up(

@@ -124,12 +124,7 @@ class DraftRounds:
         end = self.clock.now()
         if self.policy is not None and len(slots):
             self.policy.observe_drafting(end - begin)
-        read = [*late, *prompts]
-        self.cache.mark(
-            runner,
-            np.array([one.slot for one in read], np.int64),
-            np.array([one.row for one in read], np.int64),
-        )
+        self.cache.mark(runner, [*late, *prompts])
         self.spent = end - start
 
     def _lag(self, one: Behind) -> int:

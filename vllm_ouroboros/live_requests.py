@@ -115,7 +115,7 @@ class LiveRequests:
         request = self._requests[req_id]
         if request.slot == NO_SLOT:
             request.slot = self.drafting.add(request.scope)
-        request.tree = None
+        request.tree = request.grown = request.alone = None  # its slot may be another one
         self.drafting.reset(request.slot, self.read(req_id, num_computed) if num_computed else 0)
 
     def suspend(self, req_id: str) -> None:

@@ -98,8 +98,9 @@ class TreeRunner(GPUModelRunner):
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.drafter.draft is not None:
-            self.drafter.draft.bind_kv_cache(self)
+        if self.drafter.rounds is not None:
+            self.drafter.rounds.draft.bind_kv_cache(self)
+            self.drafter.rounds.cache.allocate(self.kv_cache_config.num_blocks)
 
     # -- requests ------------------------------------------------------------------------------
 

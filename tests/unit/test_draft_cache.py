@@ -16,13 +16,12 @@ class Batch:
     """A runner's batch of rows with these blocks, and a draft cache on it."""
 
     def __init__(self, *blocks: list[int], max_rows: int = 64) -> None:
-        self.state = SimpleNamespace(
-            cached=np.zeros(len(blocks), np.int32), known=np.zeros(len(blocks), np.int32)
-        )
+        self.state = SimpleNamespace(cached=np.zeros(len(blocks), np.int32))
         self.forwards: list[tuple] = []
         draft = SimpleNamespace(kv_cache_gid=0, max_len=100)
         drafting = SimpleNamespace(state=self.state)
         self.cache = DraftCache(draft, drafting, max_rows, lambda *args: self.forwards.append(args))
+        self.cache.allocate(2001)
         self.put(*blocks)
 
     def put(self, *blocks: list[int]) -> None:
@@ -45,8 +44,8 @@ class Batch:
 
     def read(self, row: int, cached: int, known: int) -> None:
         """The draft model knows so many tokens of a row, of which ``known`` are text."""
-        self.state.cached[row], self.state.known[row] = cached, known
-        self.cache.mark(self.runner, np.array([row]), np.array([row]))
+        self.state.cached[row] = cached
+        self.cache.mark(self.runner, [Behind(row, row, known)])
 
     def prefix(self, row: int, computed: int) -> int:
         return self.cache.prefix(self.runner, row, computed)

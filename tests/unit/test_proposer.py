@@ -224,6 +224,8 @@ class Engine:
         sampler = FakeSampler(draft)
         sampler.runner = self.runner
         proposer.bind(self.runner, sampler)
+        if proposer.rounds is not None:
+            proposer.rounds.cache.allocate(NUM_BLOCKS)
 
     def allocate(self, sequence: Sequence, tokens: int) -> None:
         while len(sequence.blocks) * BLOCK < tokens:

@@ -19,7 +19,7 @@ from simulate_trace import FIRST, Text, Trace  # noqa: E402
 
 from vllm_ouroboros.costs import Costs  # noqa: E402
 
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "data"  # the shipped pair and prompts, by scripts/record_trace.py
 MACHINES = {
     # this plugin's development machine with a target of 0.4 B: 16 rows cost 1.5 times one
     "cpu": {
