@@ -7,6 +7,7 @@ vLLM's own C++ kernel. A forward's tree travels as `TreeStep` on the attention m
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import (
@@ -15,8 +16,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_ouroboros.attention_kernel import tree_attention
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.tree_step import Bucket, KeptKV
+from vllm_ouroboros.tree_step import KeptKV, TreeStep
+
+BITS = {torch.bfloat16: (torch.uint16, np.uint32(16)), torch.float32: (torch.uint32, np.uint32(0))}
+"""Types that the kernel reads: as what, and how far up their bits are moved for float32."""
 
 
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -70,59 +75,33 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
         if tree.keep:
             tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
-        for bucket in tree.buckets(kv_cache.shape[2], self.sliding_window):
-            result = self._attend(bucket, queries, keys, values, kv_cache)
-            result = result.view(-1, *output.shape[1:]).to(output.dtype)
-            if bucket.targets is not None:
-                output[tree.rows[bucket.targets]] = result
-            elif tree.covers_all:
-                output[: tree.num_rows] = result
-            else:
-                output[tree.rows] = result
+        result = self._attend(tree, queries, keys, values, kv_cache).view(-1, *output.shape[1:])
+        if tree.covers_all:
+            output[: tree.num_rows] = result
+        else:
+            output[tree.rows] = result.to(output.dtype)
         return output
 
-    def _attend(self, bucket: Bucket, query, key, value, kv_cache) -> torch.Tensor:
-        """Attention of a bucket in float32: [real rows, Hq, D]."""
-        num_requests, (width, length) = bucket.bias.shape[0], bucket.bias.shape[3:]
-        num_kv, dim, block_size = self.num_kv_heads, self.head_size, kv_cache.shape[2]
-        group = self.num_heads // num_kv
-        num_pages = bucket.pages.shape[0] // num_requests
-        if bucket.rows is not None:
-            query, key, value = (t.index_select(0, bucket.rows) for t in (query, key, value))
-
-        context = length - width
-        k = torch.empty(num_requests, num_kv, dim, length)
-        v = torch.empty(num_requests, num_kv, length, dim)
-        if num_pages:
-            key_pages, value_pages = split_pages(kv_cache)
-            pages = (num_requests, num_pages, num_kv)
-            old = key_pages.index_select(0, bucket.pages).view(*pages, dim, block_size)
-            whole = context // block_size  # pages of which all slots are looked at
-            end, rest = whole * block_size, context - whole * block_size
-            k[..., :end].unflatten(-1, (whole, block_size)).copy_(
-                old[:, :whole].permute(0, 2, 3, 1, 4)
-            )
-            if rest:
-                k[..., end:context].copy_(old[:, -1, ..., :rest])
-            old = value_pages.index_select(0, bucket.pages).view(*pages, block_size, dim)
-            v[:, :, :end].unflatten(2, (whole, block_size)).copy_(old[:, :whole].transpose(1, 2))
-            if rest:
-                v[:, :, end:context].copy_(old[:, -1, :, :rest])
-        step = (num_requests, width, num_kv, dim)
-        k[..., context:].copy_(key.reshape(step).permute(0, 2, 3, 1))
-        v[:, :, context:].copy_(value.reshape(step).transpose(1, 2))
-
-        # the heads of a group share their keys: [R, Hkv, group * Q, D]
-        q = query.reshape(num_requests, width, num_kv, group, dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(num_requests, num_kv, group * width, dim).float() * self.scale
-        scores = torch.matmul(q, k)
-        if self.logits_soft_cap:
-            scores = self.logits_soft_cap * torch.tanh(scores / self.logits_soft_cap)
-        scores.view(num_requests, num_kv, group, width, length).add_(bucket.bias)
-        result = torch.matmul(scores.softmax(-1), v)
-        result = result.view(num_requests, num_kv, group, width, dim).permute(0, 3, 1, 2, 4)
-        result = result.reshape(-1, self.num_heads, dim)
-        return result if bucket.valid is None else result.index_select(0, bucket.valid)
+    def _attend(self, tree: TreeStep, query, key, value, kv_cache) -> torch.Tensor:
+        """Attention of the tree rows: float32 [T, Hq, D]."""
+        table = tree.block_table
+        if kv_cache.dtype not in BITS:  # float16: the pages that are needed, widened
+            used, table = table.unique(return_inverse=True)
+            kv_cache = kv_cache.index_select(0, used.long()).float()
+            query, key, value = query.float(), key.float(), value.float()
+        out = torch.empty(len(query), self.num_heads, self.head_size)
+        bits, shift = BITS[kv_cache.dtype]
+        num_blocks, num_kv, block_size, double = kv_cache.shape
+        pages = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
+        tree_attention(
+            _numpy(query.view(-1, self.num_heads, self.head_size), bits), _numpy(pages, bits),
+            shift, table.to(torch.int32).numpy(), tree.contexts, tree.starts,
+            _numpy(key.view(-1, num_kv, self.head_size), bits),
+            _numpy(value.view(-1, num_kv, self.head_size), bits), tree.mask.numpy(),
+            np.float32(self.scale), self.sliding_window, np.float32(self.logits_soft_cap or 0.0),
+            out.numpy(),
+        )  # fmt: skip
+        return out
 
 
 class TreeAttentionBackend(CPUAttentionBackend):
@@ -135,6 +114,11 @@ class TreeAttentionBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls():
         return TreeAttentionMetadataBuilder
+
+
+def _numpy(tensor: torch.Tensor, bits: torch.dtype) -> np.ndarray:
+    """The bits of a tensor, contiguous: the kernel is compiled for no other layout."""
+    return tensor.contiguous().view(bits).numpy()
 
 
 def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_ouroboros.attention_kernel import share_threads
 from vllm_ouroboros.runner import TreeRunner
 from vllm_ouroboros.tree_step import TreeStep
 from vllm_ouroboros.worker import OuroborosCalls, take_place_of
@@ -26,8 +28,8 @@ class OuroborosCPURunner(TreeRunner, CPUModelRunner):
     ) -> TreeStep:
         return TreeStep(
             rows=torch.from_numpy(rows),
-            query_start_loc=query_start_loc.tolist(),
-            context_lens=context_lens.tolist(),
+            starts=query_start_loc.astype(np.int64),
+            contexts=context_lens.astype(np.int64),
             block_table=torch.empty(0),
             mask=torch.from_numpy(mask),
             num_rows=num_rows,
@@ -50,3 +52,4 @@ class OuroborosCPUWorker(OuroborosCalls, CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+        share_threads(torch.get_num_threads())

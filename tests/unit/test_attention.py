@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     _get_attn_isa,
 )
 
-from vllm_ouroboros import attention, tree_step
+from vllm_ouroboros import attention
 from vllm_ouroboros.attention import (
     TreeAttentionBackend,
     TreeAttentionImpl,
@@ -127,8 +127,8 @@ class Forward:
         words = -(-max(sizes) // 32)
         return TreeStep(
             rows=torch.from_numpy(flat).long(),
-            query_start_loc=[0, *np.cumsum(sizes).tolist()],
-            context_lens=[self.contexts[r] for r in trees],
+            starts=np.array([0, *np.cumsum(sizes)], np.int64),
+            contexts=np.array([self.contexts[r] for r in trees], np.int64),
             block_table=self.table[torch.tensor(trees)],
             mask=torch.from_numpy(self.mask[flat, :words].copy()),
             num_rows=self.total,
@@ -244,16 +244,6 @@ def test_trees_of_several_mask_words(vllm_config, rows) -> None:
     rng = np.random.default_rng(rows)
     forward = Forward([(70, random_tree(rng, rows), True), (0, random_tree(rng, 3), True)])
     close(forward.run(make_impl(4, 2, 32), forward.step()), forward.expected())
-
-
-def test_a_batch_is_cut_when_its_scores_would_not_fit(vllm_config, monkeypatch) -> None:
-    monkeypatch.setattr(tree_step, "MAX_SCORES", 2 * 9 * (40 + 32 + 9))
-    rng = np.random.default_rng(0)
-    forward = Forward([(40, random_tree(rng, rows), True) for rows in (9, 3, 9, 7, 1)])
-    step = forward.step()
-    close(forward.run(make_impl(4, 2, 32), step), forward.expected())
-    [buckets] = step._buckets.values()
-    assert [bucket.bias.shape[0] for bucket in buckets] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("context", [0, 1, 31, 32, 33, 63, 64, 65])
