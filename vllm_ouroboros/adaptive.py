@@ -14,18 +14,17 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ouroboros.costs import Costs
-from vllm_ouroboros.estimates import EDGES, KINDS, Estimates, Leaning
+from vllm_ouroboros.estimates import EDGES, KINDS
+from vllm_ouroboros.known import FORGET, SMOOTH, Known, Manner
 from vllm_ouroboros.tree import DraftTree
 
 PROBING = 0.008  # share of all time that looking at drafts which do not pay may take
-FORGET = 0.98  # what a step leaves of the steps before it, in the speed of a batch
 IDLE = 20.0  # a step that took so many times its forwards held a pause
-SMOOTH = 0.1  # weight of a new step in averages
 FLOOR = 0.01  # probability below which a node is never worth its host work
 EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
 LOOK = 4  # steps that a look at drafts takes
-STALE = 20  # steps after which an observation counts twice
 TRUSTED = 8  # steps until the speed of a batch is known
+CAUTION = 1.2  # what a row must bring of its cost: of many nodes, those overrated look best
 
 
 class Step(NamedTuple):
@@ -57,32 +56,6 @@ class Speed:
         return self.tokens / max(self.seconds, 1e-9) if self.steps >= TRUSTED else 0.0
 
 
-@dataclass
-class Class:
-    """Requests that choose their tokens in one way: greedy, or by noise."""
-
-    estimates: Estimates
-    worth: float = 1.0  # tokens that drafting adds to a step of a request
-    steps: float = 32.0  # of a request
-
-
-@dataclass
-class Known:
-    """What is known of a request.
-
-    Attributes:
-        kind: what it is taken for as long as little is known.
-        leaning: how it differs.
-        worth: tokens that drafting adds to its step, what they cost in rows taken off.
-    """
-
-    kind: Class
-    leaning: Leaning
-    worth: float
-    since: int = 0  # steps since that was seen
-    steps: int = 0  # that it has taken
-
-
 class Policy:
     """Decides for a batch, step by step.
 
@@ -92,7 +65,7 @@ class Policy:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.greedy, self.drawn = Class(Estimates()), Class(Estimates())
+        self.greedy, self.drawn = Manner(), Manner()
         self.requests: dict[int, Known] = {}  # by slot
         self._speeds: dict[int, Speed] = {}  # by size of batch
         self._gained = 1.0  # tokens that a draft forward adds to a chain
@@ -111,18 +84,15 @@ class Policy:
         """A request is to be drafted for; a new one is like others that choose as it does."""
         known = self.requests.get(slot)
         if known is None:
-            kind = self.greedy if greedy else self.drawn
-            self.requests[slot] = Known(kind, Leaning(), kind.worth)
+            self.requests[slot] = Known.new(self.greedy if greedy else self.drawn)
         else:
-            known.leaning.fade()
-            known.since += 1
-            known.steps += 1
+            known.go_on()
 
     def forget(self, slot: int) -> None:
         """The request of a slot is gone."""
         known = self.requests.pop(slot, None)
         if known is not None:
-            known.kind.steps += SMOOTH * (known.steps - known.kind.steps)
+            known.end()
 
     def plain_step(self, requests: int) -> float:
         """Seconds of a step of a batch without any speculation."""
@@ -142,7 +112,7 @@ class Policy:
 
     def row_worth(self, requests: int) -> float:
         """Tokens that a node must promise."""
-        return self.speed(requests) * self._row(requests)
+        return CAUTION * self.speed(requests) * self._row(requests)
 
     def end_step(self, step: Step, now: float) -> None:
         """A step ended ``now`` (seconds of any clock), together with the draft for the next one."""
@@ -153,8 +123,8 @@ class Policy:
         if seconds > IDLE * step.forwards:  # the engine had nothing to do in between
             return
         self._unlooked += seconds
-        for kind in (self.greedy, self.drawn):
-            kind.estimates.fade()
+        for manner in (self.greedy, self.drawn):
+            manner.estimates.fade()
         if last[1].requests == step.requests and step.decoding:
             self.costs.observe_overhead(seconds - step.forwards)
             self._speed(step.requests).observe(step.tokens, seconds)
@@ -167,15 +137,21 @@ class Policy:
         if known is None or self.costs.draft is None or not self._pays:
             return False
         price = self.speed(len(self.requests)) * self.costs.draft.at(tokens)
-        return known.worth * known.kind.steps > price
+        return known.usual * known.manner.steps > price
 
     def drafts(
-        self, slots: np.ndarray, rows: int, lags: np.ndarray, limits: np.ndarray
+        self,
+        slots: np.ndarray,
+        promised: np.ndarray,
+        rows: int,
+        lags: np.ndarray,
+        limits: np.ndarray,
     ) -> np.ndarray:
         """For which requests the draft model should run: bool [R].
 
         Args:
             slots: int64 [R].
+            promised: float64 [R], tokens that each tree promises without the draft model.
             rows: of one draft forward for all of them.
             lags: int32 [R], tokens that it would have to read first.
             limits: int32 [R], tokens that each request may still have.
@@ -183,10 +159,11 @@ class Policy:
         if self.costs.draft is None:
             return np.zeros(len(slots), np.bool_)
         known = [self.requests[slot] for slot in slots.tolist()]
+        added = [one.expect(p) for one, p in zip(known, promised.tolist(), strict=True)]
         price, speed = self.costs.draft, self.speed(len(slots))
         reading = np.array([price.at(n) for n in lags.tolist()])
-        steps = np.minimum([max(1.0, one.kind.steps) for one in known], limits)
-        gains = np.array([one.worth for one in known]) - speed * reading / steps
+        steps = np.minimum([max(1.0, one.manner.steps) for one in known], limits)
+        gains = np.array(added) - speed * reading / steps
         self._longest = self.costs.round(rows)
         seconds = self._rounds * self._longest
         able = gains > 0
@@ -244,7 +221,7 @@ class Policy:
         ends = np.ones(len(slots))
         for r, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
             known = self.requests[slot]
-            rates = np.minimum(known.kind.estimates.grades() * known.leaning.factor, 0.99)
+            rates = np.minimum(known.manner.estimates.grades() * known.leaning.factor, 0.99)
             ends[r] = rates[np.searchsorted(EDGES, confidence[r, :length], "right")].prod()
         gains = ends * self._gained - self.row_worth(batch)
         pays = gains[gains > 0].sum() > self.speed(batch) * self.costs.round(rows)
@@ -255,7 +232,7 @@ class Policy:
     def rates(self, slots: list[int]) -> np.ndarray:
         """Rates float64 [R, KINDS] of the nodes of each request."""
         known = [self.requests[slot] for slot in slots]
-        rates = [one.kind.estimates.rates(one.leaning) for one in known]
+        rates = [one.manner.estimates.rates(one.leaning) for one in known]
         return np.array(rates).reshape(len(slots), KINDS)
 
     def least(self, requests: int) -> float:
@@ -273,7 +250,7 @@ class Policy:
         order = np.argsort(-flat, kind="stable")
         seconds = self.costs.target.table(batch + len(flat))[batch:]
         promised = np.concatenate([[0.0], np.cumsum(flat[order])])
-        best = int(np.argmax(promised - self.speed(batch) * seconds))
+        best = int(np.argmax(promised - CAUTION * self.speed(batch) * seconds))
         owner = np.repeat(np.arange(len(probabilities)), [len(p) for p in probabilities])
         return np.bincount(owner[order[:best]], minlength=len(probabilities))
 
@@ -292,15 +269,8 @@ class Policy:
         known = self.requests.get(slot)
         if known is None:  # the request was preempted
             return
-        known.kind.estimates.learn(tree, text, known.leaning)
+        known.manner.estimates.learn(tree, text, known.leaning)
         if alone is not None:
-            right = known.kind.estimates.learn(alone, text, None)
+            right = known.manner.estimates.learn(alone, text, None)
             rows = self.row_worth(len(self.requests)) * (size - len(alone.tokens))
-            self._compare(known, len(text) - 1 - right - rows)
-
-    def _compare(self, known: Known, worth: float) -> None:
-        """Drafting added so many tokens to a step of a request, rows paid for."""
-        weight = min(0.5, SMOOTH * (1 + known.since / STALE))
-        known.worth += weight * (worth - known.worth)
-        known.since = 0
-        known.kind.worth += SMOOTH / 2 * (worth - known.kind.worth) / max(1, len(self.requests))
+            known.compare(len(text) - 1 - right - rows, 1 / max(1, len(self.requests)))

@@ -14,14 +14,14 @@ import numpy as np
 from numba import njit
 
 from vllm_ouroboros.estimates import ALONE, BEYOND, UNLIKELY, Evidence, grade, kind_of
-from vllm_ouroboros.phrases import FIRST_PAIR, PhraseSource, find, pair_key
+from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, context_of, find, key_of
 from vllm_ouroboros.tree import ROOT, NodeSource
 
 _DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)
 _GUESS, _GUESS_ON = int(Evidence.GUESS), int(Evidence.GUESS_GOES_ON)
 _OLD, _NEW, _ON = int(Evidence.OLD), int(Evidence.NEW), int(Evidence.GOES_ON)
-_LONG = int(Evidence.LONG_OLD) - _OLD
+_STEP = int(Evidence.OLD_2) - _OLD  # from the evidence of one context to that of the next
 FRONT = 256  # nodes that wait to be taken, at most
 CHILDREN = 32  # of a node, at most
 DRAWN = (0.45, 0.25, 0.15, 0.1)
@@ -98,8 +98,8 @@ def _from_draft(req, s, chain_at, follow, children):
 
 
 @njit(cache=True)
-def _from_pool(pool, scope, before, token, unknown, going, children, count):
-    """The pool's children of a node that ``before`` and ``token`` lead to.
+def _from_pool(pool, scope, context, unknown, going, children, count):
+    """The pool's children of a node that the tokens ``context`` lead to.
 
     ``going`` is the slot, number and next place of the phrase that led here, slot -1 for none.
     """
@@ -108,25 +108,42 @@ def _from_pool(pool, scope, before, token, unknown, going, children, count):
         evidence = _ON
         if pool.sources[slot, g] == _WINDOW:
             evidence = _GUESS_ON
-        elif pool.keys[slot] & FIRST_PAIR:
-            evidence += _LONG
+        else:
+            evidence += _STEP * context_of(pool.keys[slot])
         count = _offer(
             children, count, pool.tokens[slot, g, place], unknown, evidence, slot, g, place + 1
         )
-    for long in range(1, -1, -1):
-        if long and before < 0:
+    for long in range(len(CONTEXTS) - 1, -1, -1):
+        if len(context) < CONTEXTS[long]:
             continue
-        slot = find(pool, scope, pair_key(before, token) if long else token)
+        slot = find(pool, scope, key_of(context, len(context), long))
         if slot < 0:
             continue
         for g in range(pool.counts[slot]):
             evidence = _NEW if g == 0 else _OLD
             if pool.sources[slot, g] == _WINDOW:
                 evidence = _GUESS
-            elif long:
-                evidence += _LONG
+            else:
+                evidence += _STEP * long
             count = _offer(children, count, pool.tokens[slot, g, 0], unknown, evidence, slot, g, 1)
     return count
+
+
+@njit(cache=True)
+def _context(tokens, parents, node, text, known, tail):
+    """Fill ``tail`` from its end with the tokens that lead to a node, it included; how many."""
+    held = 0
+    while held < tail.shape[0]:
+        held += 1
+        if node >= 0:
+            tail[-held] = tokens[node]
+            node = parents[node]
+        elif known > 0:
+            known -= 1
+            tail[-held] = text[known]
+        else:
+            return held - 1
+    return held
 
 
 @njit(cache=True)
@@ -166,11 +183,11 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
     """
     front = _Front(np.empty(FRONT), np.empty((FRONT, 9), np.int32))
     children = np.empty((CHILDREN, 9), np.int32)
+    tail = np.empty(CONTEXTS[-1], np.int32)
     for r in range(slots.shape[0]):
         s = slots[r]
         known = req.known[s]
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
-        before = np.int64(token_ids[rows[r], known - 2]) if known > 1 else -1
         token = np.int64(token_ids[rows[r], known - 1])
         chain_at, follow, node, reached = -1, -1, ROOT, 1.0
         going = (-1, 0, 0)
@@ -182,14 +199,14 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
             if not ended:
                 on_chain = (node == ROOT or chain_at >= 0) and not alone
                 count = _from_draft(req, s, chain_at if on_chain else -2, follow, children)
+                held = _context(tokens, parents, node, token_ids[rows[r]], known, tail)
+                context = tail[tail.shape[0] - held :]
                 unknown = BEYOND
                 if alone or req.chain_len[s] == 0:
                     unknown = ALONE
                 elif on_chain and chain_at + 1 < req.chain_len[s]:
                     unknown = UNLIKELY
-                count = _from_pool(
-                    pool, req.scope[s], before, token, unknown, going, children, count
-                )
+                count = _from_pool(pool, req.scope[s], context, unknown, going, children, count)
                 waiting = _wait(front, waiting, children, count, node, reached, rates[r], least)
             if waiting == 0:
                 break
@@ -205,7 +222,6 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
             if req.narrow[s]:
                 waiting = 0
             parent = taken[_PARENT]
-            before = np.int64(tokens[parent] if parent >= 0 else token_ids[rows[r], known - 1])
             token = np.int64(taken[_TOKEN])
             chain_at, follow, node = taken[_CHAIN], taken[_FOLLOW], size
             going = (taken[_SLOT], taken[_PHRASE], taken[_PLACE])

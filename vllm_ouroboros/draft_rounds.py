@@ -79,6 +79,7 @@ class DraftRounds:
         rows: np.ndarray,
         token_ids: np.ndarray,
         requests: dict[int, Sampled],
+        promised: np.ndarray,
     ) -> None:
         """Bring the draft model up to date, then draft chains until every request has enough.
 
@@ -93,12 +94,14 @@ class DraftRounds:
             token_ids: int32 [*, max_model_len].
             requests: by slot, those that do more than take the argmax, with noise that drafting may
                 use up.
+            promised: float64 [R], tokens that trees without the draft model promise; 0 if there is
+                no policy.
         """
         start = self.clock.now()
         self.cache.renew(runner)
         state, drafting, batch = self.drafting.state, self.drafting, len(slots)
         able = state.known[slots] + drafting.budget < self.draft.max_len
-        slots, rows = slots[able], rows[able]
+        slots, rows, promised = slots[able], rows[able], promised[able]
         if self.policy is not None:
             prompts = [one for one in prompts if self.policy.reads(one.slot, self._lag(one))]
             if len(slots):
@@ -106,7 +109,9 @@ class DraftRounds:
                 rows_of_round = self._expected_rows(len(slots), self._width)
                 lags = state.known[slots] - 1 - state.cached[slots]
                 lags[lags <= MAX_KNOWN] = 0  # these are read in the rounds
-                chosen = self.policy.drafts(slots, rows_of_round, lags, state.limit[slots])
+                chosen = self.policy.drafts(
+                    slots, promised, rows_of_round, lags, state.limit[slots]
+                )
                 slots, rows = slots[chosen], rows[chosen]
         late = [
             Behind(slot, row, int(state.known[slot]) - 1)

@@ -43,7 +43,7 @@ class Drafting:
 
     Sizes are those of `OuroborosConfig`; ``budget`` is the node budget of a tree, ``max_len`` the
     positions that the draft model knows, ``stops`` the ids after which no draft goes on; with
-    ``pairs`` the pool is fed two tokens in a row as keys as well.
+    ``contexts`` above 1 keys of the pool are also several tokens in a row (`CONTEXTS`).
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Drafting:
         window_size: int,
         max_len: int,
         stops: tuple[int, ...] = (),
-        pairs: bool = False,
+        contexts: int = 1,
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
-        self.pool, self.max_len, self.pairs = pool, max_len, pairs
+        self.pool, self.max_len, self.contexts = pool, max_len, contexts
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
         self.state = Requests(
@@ -130,7 +130,7 @@ class Drafting:
         fed = self.state.fed
         fed[slot] = insert_text(
             self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
-            self.pairs,
+            self.contexts,
         )  # fmt: skip
 
     def start(self, slot: int, known: int, limit: int, capacity: int, narrow: bool = False) -> None:

@@ -34,9 +34,15 @@ class Evidence(IntEnum):
     OLD = 3  # a phrase from text that is not the newest one of its key
     NEW = 4  # the newest
     GOES_ON = 5  # it continues such a phrase
-    LONG_OLD = 6  # the same for phrases that two tokens lead to
-    LONG_NEW = 7
-    LONG_GOES_ON = 8
+    OLD_2 = 6  # the same for phrases that two tokens lead to,
+    NEW_2 = 7
+    GOES_ON_2 = 8
+    OLD_4 = 9  # four,
+    NEW_4 = 10
+    GOES_ON_4 = 11
+    OLD_8 = 12  # and eight
+    NEW_8 = 13
+    GOES_ON_8 = 14
 
 
 KINDS = GRADES * len(Evidence)
@@ -45,9 +51,11 @@ REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for e
 
 
 def _prior() -> np.ndarray:
-    grades = np.array([0.06, 0.2, 0.35, 0.5, 0.62, 0.72, 0.82, 0.93, 0.04])
-    alone = np.array([0.01, 0.1, 0.3, 0.05, 0.3, 0.45, 0.15, 0.7, 0.85])
-    speaks = np.array([0.0, 0.1, 0.3, 0.1, 0.6, 0.9, 0.5, 1.2, 1.6])
+    grades = np.array([0.08, 0.2, 0.38, 0.55, 0.7, 0.78, 0.82, 0.92, 0.04])
+    alone = np.array(
+        [0.01, 0.1, 0.3, 0.03, 0.2, 0.4, 0.2, 0.5, 0.62, 0.28, 0.72, 0.8, 0.3, 0.93, 0.95]
+    )
+    speaks = np.array([0.0, 0.1, 0.3, 0.2, 0.7, 0.9, 0.6, 1.4, 1.6, 0.6, 2.0, 2.2, 0.7, 3.5, 4.0])
     odds = np.log(grades / (1 - grades))[:, None] + speaks
     return np.concatenate([1 / (1 + np.exp(-odds)), alone[None], alone[None]]).ravel()
 
@@ -69,7 +77,7 @@ def grade(probability):
 @njit(cache=True)
 def kind_of(grade, evidence):
     """Kind of a node."""
-    return grade * 9 + evidence
+    return grade * 15 + evidence
 
 
 @njit(cache=True)

@@ -21,8 +21,11 @@ import numpy as np
 from numba import njit
 
 WAYS = 8
-FIRST_PAIR = 2**31
-"""Keys below are tokens, those from here to 2^32 stand for two tokens in a row."""
+CONTEXTS = (1, 2, 4, 8)
+"""Tokens in a row that a key may stand for."""
+FIRST_HASH = 2**31
+"""Keys below are tokens, those from here to 2^32 stand for several in a row."""
+_HASH_BITS = 29  # what is left of a key behind the number of its context
 
 
 class PhraseSource(IntEnum):
@@ -40,7 +43,7 @@ _WINDOW = int(PhraseSource.WINDOW)
 class PoolArrays(NamedTuple):
     """State of a pool with S slots, G phrases a slot, β tokens a phrase."""
 
-    keys: np.ndarray  # int64 [S], scope << 32 | token or pair, or -1
+    keys: np.ndarray  # int64 [S], scope << 32 | key of a context, or -1
     stamps: np.ndarray  # int64 [S], time of last use
     counts: np.ndarray  # int32 [S], phrases in the slot
     lengths: np.ndarray  # int32 [S, G], tokens of each phrase
@@ -152,20 +155,31 @@ def insert(pool, scope, token, phrase, start, length, source):
 
 
 @njit(cache=True)
-def pair_key(before, token):
-    """What stands for two tokens in a row where a key is a token: `FIRST_PAIR` or more."""
-    x = (np.uint64(before) << np.uint64(32)) | np.uint64(token)
-    x *= np.uint64(0x9E3779B97F4A7C15)
-    x ^= x >> np.uint64(29)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.int64(x >> np.uint64(33)) + FIRST_PAIR
+def key_of(text, end, context):
+    """Key of the last `CONTEXTS[context]` tokens of ``text[:end]``, which must have so many."""
+    if context == 0:
+        return np.int64(text[end - 1])
+    x = np.uint64(context)
+    for i in range(end - CONTEXTS[context], end):
+        x = (x ^ np.uint64(text[i])) * np.uint64(0x9E3779B97F4A7C15)
+        x ^= x >> np.uint64(29)
+    hashed = np.int64(x & np.uint64(2**_HASH_BITS - 1))
+    return FIRST_HASH + (np.int64(context) << _HASH_BITS) + hashed
 
 
 @njit(cache=True)
-def insert_text(pool, scope, text, start, end, source, pairs=False):
+def context_of(key):
+    """Number of the context of a key, its scope above it or not."""
+    if key & FIRST_HASH == 0:
+        return 0
+    return (key >> _HASH_BITS) & 3
+
+
+@njit(cache=True)
+def insert_text(pool, scope, text, start, end, source, contexts=1):
     """Feed ``text[start:end]``: each token becomes a key of what follows it, up to ``end``.
 
-    With ``pairs`` each two tokens in a row do so as well.
+    So do the tokens before it, for the first ``contexts`` of `CONTEXTS`.
 
     Returns where the next call must start, so that the phrases which the end of the text cut
     short grow to β tokens once more text is known.
@@ -173,9 +187,10 @@ def insert_text(pool, scope, text, start, end, source, pairs=False):
     beta = pool.tokens.shape[2]
     for i in range(start, end - 1):
         length = min(beta, end - 1 - i)
-        insert(pool, scope, text[i], text, i + 1, length, source)
-        if pairs and i > 0:
-            insert(pool, scope, pair_key(text[i - 1], text[i]), text, i + 1, length, source)
+        for context in range(contexts):
+            if i + 1 >= CONTEXTS[context]:
+                key = key_of(text, i + 1, context)
+                insert(pool, scope, key, text, i + 1, length, source)
     return max(start, end - beta)
 
 

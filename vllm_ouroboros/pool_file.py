@@ -29,13 +29,13 @@ import numpy as np
 import safetensors.numpy
 from numba import njit
 
-from vllm_ouroboros.phrases import FIRST_PAIR, PhrasePool, PhraseSource, PoolArrays, insert
+from vllm_ouroboros.phrases import FIRST_HASH, PhrasePool, PhraseSource, PoolArrays, insert
 
 FORMAT = "vllm-ouroboros phrase pool"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
 
-# key [m] (a token, or below zero what stands for two), length [m] and `PhraseSource` [m] of m
+# key [m] (a token, or below zero what stands for several), length [m] and `PhraseSource` [m] of m
 # phrases; their tokens [m, β], then zeros
 _DTYPES = {"keys": "int32", "lengths": "int32", "sources": "int8", "tokens": "int32"}
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
@@ -282,7 +282,7 @@ def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.
     tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
     held = np.arange(tokens.shape[1]) < counts[:, None]
     held &= ((tokens >= 0) & (tokens < vocab_size)).all(2)
-    held &= ((keys < vocab_size) | (keys >= FIRST_PAIR))[:, None]
+    held &= ((keys < vocab_size) | (keys >= FIRST_HASH))[:, None]
     signed = keys.astype(np.uint32).view(np.int32)
     rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, tokens
     # backwards, since the first phrase of a slot is to be inserted last
@@ -295,7 +295,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
     *columns, shape = (tensors[name].shape for name in _DTYPES)
     if kinds != _DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
         raise ValueError("other tensors than expected")
-    bounds = ((-FIRST_PAIR, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
+    bounds = ((-FIRST_HASH, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
     for name, (low, high) in zip(_DTYPES, bounds, strict=True):
         if ((tensors[name] < low) | (tensors[name] >= high)).any():
             raise ValueError(f"{name} out of range")

@@ -19,7 +19,7 @@ from vllm_ouroboros.draft_rounds import DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
 from vllm_ouroboros.idle_save import IdleSave
 from vllm_ouroboros.live_requests import LiveRequests
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
+from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource
 from vllm_ouroboros.pool_file import PoolFile, tokenizer_hash
 from vllm_ouroboros.sampler import Verified
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler, stateless
@@ -69,7 +69,7 @@ class OuroborosProposer:
             window_size=config.window_size,
             max_len=self.draft.max_len if self.draft else self.max_model_len,
             stops=tuple(sorted(self.eos)),
-            pairs=config.adaptive,
+            contexts=len(CONTEXTS) if config.adaptive else 1,
         )
         self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
         self.counters = Counters()
@@ -251,7 +251,14 @@ class OuroborosProposer:
                     sampled[slot] = request.sampled.ahead()
         slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
         if self.rounds is not None:
-            self.rounds.run(runner, prompts, slot_array, row_array, token_ids_cpu, sampled)
+            promised = np.zeros(len(slots))
+            if self.policy is not None:
+                promised = self._without_draft(
+                    self.policy, slot_array, row_array, token_ids_cpu, len(sampled_token_ids)
+                )
+            self.rounds.run(
+                runner, prompts, slot_array, row_array, token_ids_cpu, sampled, promised
+            )
         with self.clock.phase("build"):
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             if self.policy is not None:
@@ -276,6 +283,25 @@ class OuroborosProposer:
         wanted = self.runner.nodes_wanted(requests) if alike else 0
         return [self.drafting.tree(slot).padded(wanted) for slot in slots.tolist()]
 
+    def _without_draft(
+        self,
+        policy: Policy,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+        requests: int,
+    ) -> np.ndarray:
+        """What trees of phrases alone promise: tokens float64 [R], of nodes worth their rows."""
+        rates, least = policy.rates(slots.tolist()), policy.least(requests)
+        trees, probabilities = self.drafting.grow(slots, rows, token_ids, rates, least, alone=True)
+        worth, ids = policy.row_worth(requests), self.runner.input_batch.req_ids
+        promised = np.zeros(len(slots))
+        for i, (row, tree, p) in enumerate(zip(rows.tolist(), trees, probabilities, strict=True)):
+            p = p[p > worth]
+            promised[i] = p.sum()
+            self.requests[ids[row]].alone = tree.prefix(len(p))
+        return promised
+
     def _best_trees(
         self,
         policy: Policy,
@@ -289,17 +315,12 @@ class OuroborosProposer:
             return []
         rates, least = policy.rates(slots.tolist()), policy.least(requests)
         drafting, ids = self.drafting, self.runner.input_batch.req_ids
-        drafted = np.flatnonzero(drafting.state.chain_len[slots])
-        # first without what the draft model said, to see what it is worth
-        alone, promised = drafting.grow(
-            slots[drafted], rows[drafted], token_ids, rates[drafted], least, alone=True
-        )
         trees, probabilities = drafting.grow(slots, rows, token_ids, rates, least)
-        worth = policy.row_worth(requests)
-        for row, tree in zip(rows.tolist(), trees, strict=True):
+        drafted = drafting.state.chain_len[slots] > 0
+        for row, tree, is_drafted in zip(rows.tolist(), trees, drafted.tolist(), strict=True):
             self.requests[ids[row]].grown = tree
-        for i, tree, p in zip(drafted.tolist(), alone, promised, strict=True):
-            self.requests[ids[rows[i]]].alone = tree.prefix(int((p > worth).sum()))
+            if not is_drafted:
+                self.requests[ids[row]].alone = None
         sizes = policy.sizes(probabilities, requests)
         return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ouroboros.adaptive import IDLE, LOOK, TRUSTED, Policy, Step
+from vllm_ouroboros.adaptive import CAUTION, IDLE, LOOK, TRUSTED, Policy, Step
 from vllm_ouroboros.costs import SIZES, Costs, Curve, measure, read_costs
 from vllm_ouroboros.draft_rounds import thoughts
 from vllm_ouroboros.drafting import OTHERS
@@ -208,14 +208,17 @@ def policy_of(row: float, draft: float, *slots: int, fixed: float = 1.0) -> Poli
     others=st.integers(0, 3),
 )
 def test_sizes_are_worth_the_most(gains, row, others) -> None:
-    """No other number of the best nodes makes more tokens, the time of their rows taken off."""
+    """No other number of the best nodes makes more tokens, the time of their rows taken off; that
+    counts for a little more than it is, since the best of many estimates are too good.
+    """
     policy = policy_of(row, 0.0)
     trees = [np.sort(np.array(g))[::-1] for g in gains]
     batch = len(trees) + others
     sizes = policy.sizes(trees, batch)
     speed, flat = policy.speed(batch), np.sort(np.concatenate(trees))[::-1]
     worth = [
-        flat[:n].sum() - speed * policy.costs.target.at(batch + n) for n in range(len(flat) + 1)
+        flat[:n].sum() - CAUTION * speed * policy.costs.target.at(batch + n)
+        for n in range(len(flat) + 1)
     ]
     assert worth[sizes.sum()] == pytest.approx(max(worth))
     taken = sum(tree[:n].sum() for tree, n in zip(trees, sizes, strict=True))
@@ -257,9 +260,11 @@ def test_drafting_goes_on_while_the_chain_is_likely_to_get_there() -> None:
     assert not policy_of(0.1, 9.0, 0, 1).goes_on(slots, confidence, lengths, 20, 2).any()
 
 
-def drafts_of(policy: Policy, *slots: int, lags=0, limits=26) -> np.ndarray:
+def drafts_of(policy: Policy, *slots: int, lags=0, limits=26, promised=0.0) -> np.ndarray:
     shape = len(slots)
-    return policy.drafts(np.array(slots), 10, np.full(shape, lags), np.full(shape, limits))
+    return policy.drafts(
+        np.array(slots), np.full(shape, promised), 10, np.full(shape, lags), np.full(shape, limits)
+    )
 
 
 def drive(policy: Policy, steps: int, right: bool, seconds: float = 1.0) -> list[bool]:
@@ -293,12 +298,27 @@ def test_drafts_that_do_not_pay_end_and_are_looked_at_again() -> None:
 def test_only_those_are_drafted_for_whom_it_helps() -> None:
     policy = policy_of(0.01, 0.1, 0, 1)
     tree = tree_of([1, 2], [ROOT, 0], [SURE] * 2)
-    for _ in range(60):
+    for _ in range(120):
         policy.meet(0, True)
         policy.meet(1, True)
         policy.learn(0, tree, 2, tree.prefix(0), text(1, 2, 0))
         policy.learn(1, tree, 2, tree.prefix(0), text(9))
     assert drafts_of(policy, 0, 1).tolist() == [True, False]
+
+
+def test_the_draft_model_is_asked_where_phrases_promise_little() -> None:
+    """The same request drafts in one step and not in another, by what it finds in the pool."""
+    policy = policy_of(0.01, 0.1, 0)
+    tree, pool = tree_of([1, 2], [ROOT, 0], [SURE] * 2), tree_of([1, 2], [ROOT, 0], [ALONE_NEW] * 2)
+    for _ in range(200):
+        policy.meet(0, True)
+        if drafts_of(policy, 0).any():
+            policy.learn(0, tree, 2, tree.prefix(0), text(1, 2, 0))
+        if drafts_of(policy, 0, promised=1.9).any():
+            policy.learn(0, tree, 2, pool, text(1, 2, 0))
+    assert drafts_of(policy, 0, promised=0.1).all()
+    assert not drafts_of(policy, 0, promised=1.9).any()
+    assert policy.requests[0].usual == pytest.approx(policy.requests[0].worth[[0, 3]].mean(), 0.1)
 
 
 def test_drafts_that_are_never_verified_end() -> None:
@@ -336,12 +356,12 @@ def test_a_look_reads_little() -> None:
     policy = Policy(Costs(curve(1.0, 0.0), curve(0.01, 0.01)))
     for slot in range(2):
         policy.meet(slot, True)
-        policy.requests[slot].worth = -1.0
+        policy.requests[slot].worth[:] = -1.0
     lags, limits = np.array([900, 20]), np.full(2, 26)
     chosen = []
     for now in range(400):
         policy.end_step(step(2, 2), float(now))
-        chosen.append(policy.drafts(np.arange(2), 2, lags, limits).tolist())
+        chosen.append(policy.drafts(np.arange(2), np.zeros(2), 2, lags, limits).tolist())
         if chosen[-1][1]:
             lags[1] = 0  # it has been read now
     assert chosen[:LOOK] == [[False, True]] * LOOK  # at once, whatever it may cost
@@ -362,7 +382,8 @@ def test_a_cost_that_was_measured_wrong_is_found_out() -> None:
                 policy.costs.observe_round(10, 0.1, 0.1)
             policy.observe_drafting(0.2)
         policy.end_step(step(1, 3 if chosen[-1] else 1, 1.1), float(now))
-    assert all(chosen)
+    assert all(chosen[:LOOK])
+    assert all(chosen[-80:])
 
 
 def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model() -> None:
@@ -372,7 +393,7 @@ def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model(
     for _ in range(100):
         policy.meet(0, True)
         policy.learn(0, tree, 2, alone, text(1, 2, 0))
-    assert policy.requests[0].worth == pytest.approx(0.0, abs=0.02)
+    assert policy.requests[0].worth[0] == pytest.approx(0.0, abs=0.02)
     assert policy.greedy.estimates.rates(Leaning())[ALONE_NEW] > 0.9
 
 

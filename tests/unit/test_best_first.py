@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_ouroboros.best_first import DRAWN
 from vllm_ouroboros.drafting import OTHERS, Drafting
 from vllm_ouroboros.estimates import ALONE, BEYOND, KINDS, UNLIKELY, Evidence, grade
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text, pair_key
+from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource, insert_text, key_of
 from vllm_ouroboros.tree import ROOT, NodeSource
 
 from .fakes import node_paths
@@ -57,10 +57,11 @@ def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
     unknown = UNLIKELY if thought and node.place is not None else BEYOND
     if world.alone or not world.drafting.state.chain_len[slot]:
         unknown = ALONE
-    on = (Evidence.GUESS_GOES_ON, Evidence.GOES_ON, Evidence.LONG_GOES_ON)
+    on = [e for e in Evidence if "GOES_ON" in e.name]
     known = [(min(e for e in on if e >= node.evidence), node.rest)] if node.rest else []
-    keys = [(pair_key(text[-2], text[-1]), Evidence.LONG_OLD)] if len(text) > 1 else []
-    for key, old in [*keys, (text[-1], Evidence.OLD)]:
+    tokens, olds = np.array(text, np.int32), [e for e in Evidence if "OLD" in e.name]
+    for context in reversed([i for i, n in enumerate(CONTEXTS) if n <= len(text)]):
+        key, old = key_of(tokens, len(text), context), olds[context]
         at = pool.arrays.keys == (scope << 32 | key)
         for g, phrase in enumerate(pool.lookup(key, scope)):
             guess = pool.arrays.sources[at][0, g] == PhraseSource.WINDOW
@@ -103,7 +104,7 @@ def world_of(pool: PhrasePool, text=((1, 2),), budget: int = 16, stops: tuple[in
     """A request whose every node is as likely as not."""
     drafting = Drafting(
         pool, max_requests=4, budget=budget, draft_tokens=4, num_suffixes=2, window_size=2,
-        max_len=64, stops=stops, pairs=True,
+        max_len=64, stops=stops, contexts=len(CONTEXTS),
     )  # fmt: skip
     drafting.start(0, 2, budget, 64)
     return SimpleNamespace(
@@ -127,7 +128,9 @@ def worlds(draw, budget: int):
     state.scope[:] = draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 1, 2**31 - 1)]))
     for scope in set(state.scope.tolist()):
         text = rng.integers(0, vocab, draw(st.sampled_from([0, 8, 40]))).astype(np.int32)
-        insert_text(pool.arrays, scope, text, 0, len(text), int(PhraseSource.HISTORY), True)
+        insert_text(
+            pool.arrays, scope, text, 0, len(text), int(PhraseSource.HISTORY), len(CONTEXTS)
+        )
         for _ in range(draw(st.sampled_from([0, 5, 20]))):
             phrase = rng.integers(0, vocab, rng.integers(1, 5))
             pool.insert(int(rng.integers(vocab)), phrase, PhraseSource.WINDOW, scope)
@@ -202,14 +205,17 @@ def looked(world) -> dict[tuple[int, ...], tuple[int, int, int]]:
     return dict(zip(node_paths(tree), found, strict=True))
 
 
+PAIR = key_of(np.array([1, 2], np.int32), 2, 1)
+
+
 @pytest.mark.parametrize(
     "key, source, newer, expected",
     [
         (2, PhraseSource.PROMPT, [], "NEW GOES_ON GOES_ON"),
         (2, PhraseSource.HISTORY, [9], "OLD GOES_ON GOES_ON"),
         (2, PhraseSource.WINDOW, [], "GUESS GUESS_GOES_ON GUESS_GOES_ON"),
-        (pair_key(1, 2), PhraseSource.HISTORY, [], "LONG_NEW LONG_GOES_ON LONG_GOES_ON"),
-        (pair_key(1, 2), PhraseSource.PROMPT, [9], "LONG_OLD LONG_GOES_ON LONG_GOES_ON"),
+        (PAIR, PhraseSource.HISTORY, [], "NEW_2 GOES_ON_2 GOES_ON_2"),
+        (PAIR, PhraseSource.PROMPT, [9], "OLD_2 GOES_ON_2 GOES_ON_2"),
     ],
 )
 def test_a_phrase_goes_on_token_by_token(key, source, newer, expected) -> None:

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vllm_ouroboros.phrases import (
-    FIRST_PAIR,
+    CONTEXTS,
+    FIRST_HASH,
     WAYS,
     PhrasePool,
     PhraseSource,
     Scopes,
     _first_slot,
+    context_of,
     insert,
     insert_text,
-    pair_key,
+    key_of,
 )
 
 
@@ -264,17 +266,17 @@ def test_large_token_ids_and_scopes_are_distinct_keys() -> None:
     text=st.lists(st.integers(0, 5), max_size=40),
     beta=st.integers(1, 6),
     cuts=st.lists(st.integers(0, 40), max_size=6),
-    pairs=st.booleans(),
+    contexts=st.integers(1, len(CONTEXTS)),
 )
 @settings(max_examples=150, deadline=None)
-def test_a_text_fed_in_pieces_gives_the_phrases_of_the_whole(text, beta, cuts, pairs) -> None:
+def test_a_text_fed_in_pieces_gives_the_phrases_of_the_whole(text, beta, cuts, contexts) -> None:
     """With room for all phrases, feeding piece by piece ends in the same phrases."""
     tokens, source = np.array(text, np.int32), int(PhraseSource.PROMPT)
     whole, pieces = PhrasePool(1024, 64, beta), PhrasePool(1024, 64, beta)
-    insert_text(whole.arrays, 0, tokens, 0, len(text), source, pairs)
+    insert_text(whole.arrays, 0, tokens, 0, len(text), source, contexts)
     start = 0
     for end in [*sorted(c for c in cuts if c < len(text)), len(text)]:
-        resumed = insert_text(pieces.arrays, 0, tokens, start, end, source, pairs)
+        resumed = insert_text(pieces.arrays, 0, tokens, start, end, source, contexts)
         assert start <= resumed
         assert resumed <= max(end, start)
         # a key at or after the point where the next call starts is one whose phrase is cut short
@@ -284,38 +286,50 @@ def test_a_text_fed_in_pieces_gives_the_phrases_of_the_whole(text, beta, cuts, p
     assert {key: sorted(phrases) for key, phrases in contents(pieces).items()} == expected
     for i in range(len(text) - beta):
         phrase = tuple(text[i + 1 : i + 1 + beta])
-        assert phrase in expected[0, text[i]]
-        assert not (pairs and i) or phrase in expected[0, pair_key(text[i - 1], text[i])]
-    assert pairs or all(key < FIRST_PAIR for _, key in expected)
+        for context in range(contexts):
+            if i + 1 >= CONTEXTS[context]:
+                assert phrase in expected[0, key_of(tokens, i + 1, context)]
+    assert all(context_of(key) < contexts for _, key in expected)
 
 
 IDS = st.one_of(st.integers(0, 40), st.integers(0, 2**31 - 1))
 
 
-@given(pairs=st.lists(st.tuples(IDS, IDS), unique=True, max_size=60))
+def key(*tokens: int) -> int:
+    """Key of 1, 2, 4 or 8 tokens in a row."""
+    return key_of(np.array(tokens, np.int32), len(tokens), CONTEXTS.index(len(tokens)))
+
+
+@given(text=st.lists(IDS, min_size=8, max_size=12), scope=st.integers(0, 2**31 - 1))
 @settings(max_examples=100, deadline=None)
-def test_a_pair_of_tokens_has_a_key_that_no_token_has(pairs) -> None:
-    keys = [pair_key(before, token) for before, token in pairs]
-    assert all(FIRST_PAIR <= key < 2**32 for key in keys)
-    assert keys == [pair_key(np.int32(before), np.int32(token)) for before, token in pairs]
+def test_tokens_in_a_row_have_a_key_that_no_token_has(text, scope) -> None:
+    for context, length in enumerate(CONTEXTS):
+        found = key(*text[-length:])
+        assert found == key_of(np.array(text, np.int32), len(text), context)
+        assert FIRST_HASH <= found < 2**32 if context else found == text[-1]
+        assert context_of(found) == context_of(scope << 32 | found) == context
 
 
-def test_neighbouring_pairs_have_keys_of_their_own() -> None:
-    """Whichever token comes first; a few of many may share one."""
-    keys = {pair_key(before, token) for before in range(100) for token in range(100)}
-    assert len(keys) > 9_990
+@pytest.mark.parametrize("length", CONTEXTS[1:])
+def test_neighbours_have_keys_of_their_own(length) -> None:
+    """In any order of the tokens; a few of many may share one."""
+    rest = [7] * (length - 2)
+    keys = {key(*rest, before, token) for before in range(100) for token in range(100)}
+    keys |= {key(before, *rest, token) for before in range(100) for token in range(100)}
+    assert len(keys) > (9_990 if length == 2 else 19_880)  # 100 are the same in both
 
 
-def test_a_text_with_pairs_is_found_by_one_token_and_by_two() -> None:
+def test_a_text_is_found_by_one_token_and_by_several() -> None:
     pool, text = PhrasePool(512, 3, 2), np.array([1, 2, 3, 9, 2, 4, 5], np.int32)
-    insert_text(pool.arrays, 7, text, 0, len(text), int(PhraseSource.HISTORY), True)
+    insert_text(pool.arrays, 7, text, 0, len(text), int(PhraseSource.HISTORY), 3)
     assert pool.lookup(2, 7) == [(4, 5), (3, 9)]
-    assert pool.lookup(pair_key(1, 2), 7) == [(3, 9)]
-    assert pool.lookup(pair_key(9, 2), 7) == [(4, 5)]
-    assert pool.lookup(pair_key(2, 1), 7) == []
-    assert pool.lookup(pair_key(4, 5), 7) == [], "nothing follows"
-    assert pool.lookup(pair_key(1, 2)) == [], "another scope"
-    assert pool.inserted()["history"] == 6 + 5
+    assert pool.lookup(key(1, 2), 7) == [(3, 9)]
+    assert pool.lookup(key(9, 2), 7) == [(4, 5)]
+    assert pool.lookup(key(1, 2, 3, 9), 7) == [(2, 4)]
+    assert pool.lookup(key(2, 1), 7) == []
+    assert pool.lookup(key(4, 5), 7) == [], "nothing follows"
+    assert pool.lookup(key(1, 2)) == [], "another scope"
+    assert pool.inserted()["history"] == 6 + 5 + 3
 
 
 def test_feeding_one_token_at_a_time_costs_beta_insertions_a_token() -> None:

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from vllm_ouroboros import pool_file
 from vllm_ouroboros.phrases import (
-    FIRST_PAIR,
+    FIRST_HASH,
     WAYS,
     PhrasePool,
     PhraseSource,
     _first_slot,
     insert_text,
-    pair_key,
+    key_of,
 )
 from vllm_ouroboros.pool_file import (
     FORMAT,
@@ -241,7 +241,7 @@ FOREIGN = {
     "tokenizer": (as_bytes(container(tokenizer_hash="0" * 64)), "another tokenizer hash"),
     "vocabulary": (as_bytes(container(vocab_size="32")), "another vocab size ('32'"),
     "older": (as_bytes(container(format_version="1")), "another format version ('1'"),
-    "newer": (as_bytes(container(format_version="3")), "another format version ('3'"),
+    "newer": (as_bytes(container(format_version="9")), "another format version ('9'"),
     "odd version": (as_bytes(container(format_version="x\ny")), r"('x\ny'"),
     "directory": (lambda path: path.mkdir(), "not a regular file"),
     "pipe": (lambda path: os.mkfifo(path), "not a regular file"),
@@ -353,18 +353,22 @@ def test_no_corruption_gets_past_the_vocabulary(flips, end) -> None:
         pool = PhrasePool(64, 3, 4)
         assert make(path).load(pool) == len(pool)
     for key, phrases in ordered(pool):
-        assert 0 <= key < VOCAB or FIRST_PAIR <= key < 2**32
+        assert 0 <= key < VOCAB or FIRST_HASH <= key < 2**32
         for phrase, source in phrases:
             assert 1 <= len(phrase) <= 4
             assert all(0 <= token < VOCAB for token in phrase)
             assert source in list(PhraseSource)
 
 
+def pair_key(before: int, token: int) -> int:
+    return key_of(np.array([before, token], np.int32), 2, 1)
+
+
 def test_phrases_that_two_tokens_lead_to_come_back(path, log) -> None:
     """With those of single tokens, in their order of use; they stand below zero in the file."""
     pool, text = PhrasePool(64, 3, 4), np.array([5, 6, 7, 5, 6, 9], np.int32)
-    insert_text(pool.arrays, 0, text, 0, len(text), int(PhraseSource.HISTORY), True)
-    insert_text(pool.arrays, 3, text, 0, len(text), int(PhraseSource.HISTORY), True)
+    insert_text(pool.arrays, 0, text, 0, len(text), int(PhraseSource.HISTORY), 2)
+    insert_text(pool.arrays, 3, text, 0, len(text), int(PhraseSource.HISTORY), 2)
     pool.insert(pair_key(8, 9), [1, 2], PhraseSource.WINDOW)
     pool.insert(pair_key(9, 8), [VOCAB], PhraseSource.PROMPT)  # is not saved
     assert make(path).save(pool)

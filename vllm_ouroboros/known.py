@@ -1,0 +1,90 @@
+"""What the policy knows of a request: how its drafts fare, and what drafting adds to its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_ouroboros.estimates import Estimates, Leaning
+
+SMOOTH = 0.05  # weight of a new step in averages
+FORGET = 0.98  # what a step leaves of the steps before it, in counts
+STALE = 20  # steps after which an observation counts twice
+PROMISES = np.array([0.3, 0.8, 1.6, 3.2])
+"""Bounds between classes of steps: the tokens that a tree without the draft model promises. What
+that model adds is known for each class apart, for where phrases do well it adds little."""
+
+
+@dataclass
+class Manner:
+    """Requests that choose their tokens in one way: greedy, or by noise.
+
+    Attributes:
+        estimates: of the nodes of their trees.
+        worth: float64 [classes], tokens that drafting adds to a step.
+        seen: float64 [classes], steps of each class, of late.
+        steps: that a request takes.
+    """
+
+    estimates: Estimates = field(default_factory=Estimates)
+    worth: np.ndarray = field(default_factory=lambda: np.array([1.0, 0.8, 0.6, 0.4, 0.2]))
+    seen: np.ndarray = field(default_factory=lambda: np.ones(len(PROMISES) + 1))
+    steps: float = 32.0
+
+
+@dataclass
+class Known:
+    """What is known of a request.
+
+    Attributes:
+        manner: of those that it is like as long as little is known of itself.
+        leaning: how its nodes differ from theirs.
+        worth: float64 [classes], tokens that drafting adds to its step, what they cost in rows
+            taken off.
+        promise: class of its step.
+        since: steps since a worth was seen.
+        steps: that it has taken.
+    """
+
+    manner: Manner
+    leaning: Leaning
+    worth: np.ndarray
+    promise: int = 0
+    since: int = 0
+    steps: int = 0
+
+    @classmethod
+    def new(cls, manner: Manner) -> Known:
+        """A request of which nothing is known yet."""
+        return cls(manner, Leaning(), manner.worth.copy())
+
+    def go_on(self) -> None:
+        """It takes another step."""
+        self.leaning.fade()
+        self.since += 1
+        self.steps += 1
+
+    def end(self) -> None:
+        """It is gone."""
+        self.manner.steps += SMOOTH * (self.steps - self.manner.steps)
+
+    def expect(self, promised: float) -> float:
+        """Its tree promises so many tokens without the draft model; how many that would add."""
+        self.promise = int(np.searchsorted(PROMISES, promised))
+        self.manner.seen *= FORGET
+        self.manner.seen[self.promise] += 1
+        return float(self.worth[self.promise])
+
+    @property
+    def usual(self) -> float:
+        """Tokens that drafting adds to a step as they come."""
+        return float(np.average(self.worth, weights=self.manner.seen))
+
+    def compare(self, worth: float, share: float) -> None:
+        """Drafting added so many tokens to this step; the request is a ``share`` of its batch."""
+        at, shared = self.promise, self.manner.worth
+        weight = min(0.5, SMOOTH * (1 + self.since / STALE))
+        self.worth[at] += weight * (worth - self.worth[at])
+        shared[at] += SMOOTH / 2 * share * (worth - shared[at])
+        self.since = 0
