@@ -44,7 +44,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: all prompts, ``batch`` at a time. A group is done before the next one starts."""
+    """One run: all prompts, ``batch`` at a time; as one ends the next one starts."""
 
     prompts: tuple[str, ...]
     batch: int
@@ -59,7 +59,7 @@ class RunResult:
     """What a run gave.
 
     Attributes:
-        groups: tokens and seconds of each group of requests.
+        groups: tokens and seconds of what can be told apart: each request at batch 1, else the run.
         outputs: token ids (or text, where that is all there is) of each prompt.
         first: seconds to the first token, of each request that has one.
         each: seconds for each token after the first, of each request that has two.
@@ -135,14 +135,12 @@ class Engine:
             self._generate(run.others, run.max_tokens, run.ignore_eos)
         before = self._counters()
         groups, outputs = [], []
-        for at in range(0, len(run.prompts), run.batch):
+        for part in [run.prompts] if run.batch > 1 else [(prompt,) for prompt in run.prompts]:
             start = time.perf_counter()
-            part = run.prompts[at : at + run.batch]
-            found = self._generate(part, run.max_tokens, run.ignore_eos)
+            found = self._serve(part, run, done)
             seconds = time.perf_counter() - start
             groups.append((sum(len(o.outputs[0].token_ids) for o in found), seconds))
             outputs += found
-            done(len(found))
         after = self._counters()
         return RunResult(
             groups=groups,
@@ -152,6 +150,26 @@ class Engine:
             counters={name: after[name] - before.get(name, 0) for name in after},
             costs=self.llm.collective_rpc("ouroboros_costs")[0] if self.ours else {},
         )
+
+    def _serve(self, prompts: Sequence[str], run: RunSpec, done: Any) -> list[Any]:
+        """Outputs of the prompts, with as many of them under way as the run wants."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, waiting, found = self.llm.llm_engine, [*enumerate(prompts)][::-1], {}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=run.max_tokens, ignore_eos=run.ignore_eos,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        while len(found) < len(prompts):
+            while waiting and len(prompts) - len(waiting) - len(found) < run.batch:
+                number, prompt = waiting.pop()
+                engine.add_request(f"{number}", prompt, params)
+            ended = [output for output in engine.step() if output.finished]
+            found |= {int(output.request_id): output for output in ended}
+            if ended:
+                done(len(ended))
+        return [found[number] for number in range(len(prompts))]
 
     def _generate(
         self, prompts: Sequence[str], max_tokens: int, ignore_eos: bool = False

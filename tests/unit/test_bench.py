@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench, bench_report
+from vllm_ouroboros import bench, bench_methods, bench_report
 from vllm_ouroboros.bench_engine import RunResult, RunSpec
 from vllm_ouroboros.bench_methods import Method, build
 from vllm_ouroboros.bench_process import EngineError, Engines
@@ -20,6 +20,12 @@ ABOUT = {
     "versions": {"vllm": "0.32.0"}, "inflated": {"model": None, "draft_model": None},
 }  # fmt: skip
 PROMPTS = ("a", "b", "c")
+
+
+@pytest.fixture(autouse=True)
+def without_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed here, what vLLM's suffix decoding needs is not."""
+    monkeypatch.setattr(bench_methods, "find_spec", lambda _: None)
 
 
 def methods(*names: str, others: int = 2) -> list[Method]:

@@ -161,7 +161,10 @@ class FakeLLM:
     def __init__(self, **options: Any) -> None:
         self.options, self.log, self.drafts = options, [], 0
         config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
-        self.llm_engine = SimpleNamespace(vllm_config=config)
+        self.llm_engine = SimpleNamespace(
+            vllm_config=config, add_request=self.add_request, step=self.step
+        )
+        self.live: list[tuple[str, str]] = []
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(encode=list)
@@ -177,20 +180,39 @@ class FakeLLM:
         self.log.append(name)
         return [{"steps": 10 * self.drafts}]
 
-    def generate(self, prompts: list[str], params: Any, use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: list[str], params: Any, use_tqdm: bool) -> None:
         self.log.append((prompts, params.max_tokens))
+
+    def add_request(self, request_id: str, prompt: str, params: Any) -> None:
+        self.live.append((request_id, prompt))
         self.past_the_end = params.ignore_eos
-        self.drafts += len(prompts)
-        times = SimpleNamespace(first_token_latency=0.5, first_token_ts=1.0, last_token_ts=3.0)
-        ids = [SimpleNamespace(token_ids=[ord(p[0]), 1, 2]) for p in prompts]
-        return [SimpleNamespace(outputs=[one], metrics=times) for one in ids]
+        self.drafts += 1
+
+    def step(self) -> list[Any]:
+        """The newest of the requests ends; of the others nothing is heard, or that they go on."""
+        self.log.append([prompt for _, prompt in self.live])
+        (request_id, prompt), times = self.live.pop(), SimpleNamespace(
+            first_token_latency=0.5, first_token_ts=1.0, last_token_ts=3.0
+        )  # fmt: skip
+        going = [SimpleNamespace(finished=False)] * len(self.live)
+        return going[:1] + [
+            SimpleNamespace(
+                request_id=request_id,
+                finished=True,
+                metrics=times,
+                outputs=[SimpleNamespace(token_ids=[ord(prompt[0]), 1, 2])],
+            )  # fmt: skip
+        ]
 
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("vllm")
     module.LLM, module.SamplingParams = FakeLLM, SimpleNamespace
+    params: Any = ModuleType("vllm.sampling_params")
+    params.RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
     monkeypatch.setattr(bench_engine, "usable_length", lambda _, wanted: wanted)
 
 
@@ -212,11 +234,11 @@ def test_a_run_of_our_engine() -> None:
     # a warm-up that teaches nothing, an empty pool, other prompts, then what is measured
     assert llm.log[0] == (bench_engine.warm_up_prompts(2), bench_engine.WARM_UP_TOKENS)
     assert llm.log[1:] == [
-        "ouroboros_reset_pool", (["x"], 8), "ouroboros_stats", (["a", "b"], 8), (["c"], 8),
-        "ouroboros_stats", "ouroboros_costs",
+        "ouroboros_reset_pool", (["x"], 8), "ouroboros_stats",
+        ["a", "b"], ["a", "c"], ["a"], "ouroboros_stats", "ouroboros_costs",
     ]  # fmt: skip
-    assert done == [2, 1]
-    assert [tokens for tokens, _ in result.groups] == [6, 3]
+    assert done == [1, 1, 1]
+    assert [tokens for tokens, _ in result.groups] == [9]
     assert result.outputs == [[97, 1, 2], [98, 1, 2], [99, 1, 2]]
     assert (result.first, result.each) == ([0.5] * 3, [1.0] * 3)
     assert result.counters == {"drafts": 3, "engine_steps": 6, "steps": 30}
@@ -254,6 +276,6 @@ def test_the_dialogue_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_engine, "Connection", lambda _: fake)
     monkeypatch.setattr(bench_engine, "end_with_parent", lambda: None)
     bench_engine.main(0)
-    assert [kind for kind, _ in sent] == ["ready", "done", "done", "result", "error"]
-    assert isinstance(sent[3][1], RunResult)
-    assert sent[4][1].startswith("ValueError: a prompt has 64 tokens")
+    assert [kind for kind, _ in sent] == ["ready", *["done"] * 3, "result", "error"]
+    assert isinstance(sent[4][1], RunResult)
+    assert sent[5][1].startswith("ValueError: a prompt has 64 tokens")
