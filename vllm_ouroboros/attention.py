@@ -75,33 +75,15 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
         if tree.keep:
             tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
-        result = self._attend(tree, queries, keys, values, kv_cache).view(-1, *output.shape[1:])
+        result = attend(
+            tree, queries, keys, values, kv_cache, scale=self.scale,
+            window=self.sliding_window, soft_cap=self.logits_soft_cap or 0.0,
+        ).view(-1, *output.shape[1:])  # fmt: skip
         if tree.covers_all:
             output[: tree.num_rows] = result
         else:
             output[tree.rows] = result.to(output.dtype)
         return output
-
-    def _attend(self, tree: TreeStep, query, key, value, kv_cache) -> torch.Tensor:
-        """Attention of the tree rows: float32 [T, Hq, D]."""
-        table = tree.block_table
-        if kv_cache.dtype not in BITS:  # float16: the pages that are needed, widened
-            used, table = table.unique(return_inverse=True)
-            kv_cache = kv_cache.index_select(0, used.long()).float()
-            query, key, value = query.float(), key.float(), value.float()
-        out = torch.empty(len(query), self.num_heads, self.head_size)
-        bits, shift = BITS[kv_cache.dtype]
-        num_blocks, num_kv, block_size, double = kv_cache.shape
-        pages = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
-        tree_attention(
-            _numpy(query.view(-1, self.num_heads, self.head_size), bits), _numpy(pages, bits),
-            shift, table.to(torch.int32).numpy(), tree.contexts, tree.starts,
-            _numpy(key.view(-1, num_kv, self.head_size), bits),
-            _numpy(value.view(-1, num_kv, self.head_size), bits), tree.mask.numpy(),
-            np.float32(self.scale), self.sliding_window, np.float32(self.logits_soft_cap or 0.0),
-            out.numpy(),
-        )  # fmt: skip
-        return out
 
 
 class TreeAttentionBackend(CPUAttentionBackend):
@@ -116,45 +98,75 @@ class TreeAttentionBackend(CPUAttentionBackend):
         return TreeAttentionMetadataBuilder
 
 
-def _numpy(tensor: torch.Tensor, bits: torch.dtype) -> np.ndarray:
-    """The bits of a tensor, contiguous: the kernel is compiled for no other layout."""
-    return tensor.contiguous().view(bits).numpy()
-
-
-def split_pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of a layer's cache as vLLM's "vec" kernels lay it out.
+def attend(
+    tree: TreeStep,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of the rows of trees: float32 [T, Hq, D].
 
     Args:
+        tree: of these rows.
+        query: [T, Hq, D] or [T, Hq * D].
+        key: [T, Hkv, D] or [T, Hkv * D].
+        value: the same.
         kv_cache: [num_blocks, Hkv, block_size, 2 * D].
-
-    Returns:
-        Keys [num_blocks, Hkv, D, block_size] and values [num_blocks, Hkv, block_size, D].
+        scale: factor of the scores.
+        window: sliding window; 0 or less: none.
+        soft_cap: of the scores; 0: none.
     """
+    table = tree.block_table
+    if kv_cache.dtype not in BITS:  # float16: the pages that are needed, widened
+        used, table = table.unique(return_inverse=True)
+        kv_cache = kv_cache.index_select(0, used.long()).float()
+        query, key, value = query.float(), key.float(), value.float()
+    bits, shift = BITS[kv_cache.dtype]
     num_blocks, num_kv, block_size, double = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
-    keys = halves[:, :, 0].unflatten(-1, (double // 2, block_size))
-    return keys, halves[:, :, 1].unflatten(-1, (block_size, double // 2))
+    pages = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
+    # contiguous, all but the cache: the kernel is compiled once for each layout it meets
+    q, k, v = (
+        rows.reshape(len(rows), -1, double // 2).contiguous().view(bits).numpy()
+        for rows in (query, key, value)
+    )
+    out = torch.empty(q.shape)
+    tree_attention(
+        q, pages.view(bits).numpy(), shift, table.to(torch.int32).contiguous().numpy(),
+        tree.contexts, tree.starts, k, v, tree.mask.numpy(), np.float32(scale), window,
+        np.float32(soft_cap), out.numpy(),
+    )  # fmt: skip
+    return out
 
 
 def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> None:
-    """Write a page with vLLM's kernel and read it back as `split_pages` does.
+    """Write a page with vLLM's kernel, and attend to it as trees do.
+
+    The compiled kernel is ready for this type from then on.
 
     Raises:
         ConfigError: this CPU's page layout is not the one that tree attention reads.
     """
     cache = torch.zeros(2, 1, block_size, 2 * dim, dtype=dtype)
-    keys = torch.randn(block_size, 1, dim).to(dtype)
-    values = torch.randn(block_size, 1, dim).to(dtype)
+    keys, values = torch.randn(2, block_size + 1, 1, dim).to(dtype)
+    query = torch.randn(1, 1, dim).to(dtype)
     flat = cache.view(2, 1, block_size * 2, dim)
-    slots = torch.arange(block_size, 2 * block_size)
     ops.cpu_attn_reshape_and_cache(
-        keys, values, *flat.chunk(2, dim=2), slots, isa,
-        k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+        keys[:-1], values[:-1], *flat.chunk(2, dim=2), torch.arange(block_size, 2 * block_size),
+        isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
     )  # fmt: skip
-    key_pages, value_pages = split_pages(cache)
-    if not (
-        torch.equal(key_pages[1, 0].T, keys[:, 0]) and torch.equal(value_pages[1, 0], values[:, 0])
-    ):
+    one = TreeStep(
+        rows=torch.zeros(1, dtype=torch.int64), starts=np.array([0, 1]),
+        contexts=np.array([block_size]), block_table=torch.ones(1, 1, dtype=torch.int32),
+        mask=torch.ones(1, 1, dtype=torch.int32), num_rows=1,
+    )  # fmt: skip
+    got = attend(one, query, keys[-1:], values[-1:], cache, scale=1.0)
+    weights = (keys[:, 0].float() @ query[0, 0].float()).softmax(0)
+    if not torch.allclose(got[0, 0], weights @ values[:, 0].float(), rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"CPU attention kernel {isa!r} ({dtype}, block size {block_size}, head size {dim}) "
             "lays out KV pages in a way that tree attention does not know: this CPU cannot be used"

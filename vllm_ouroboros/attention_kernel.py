@@ -207,15 +207,20 @@ def tree_attention(
         out[rows, heads] = result.reshape(rows.stop - rows.start, group, query.shape[2])
 
 
-def share_threads(count: int) -> None:
+def share_threads(count: int) -> bool:
     """Run the kernel on the ``count`` threads of OpenMP that torch and vLLM run on.
 
     Left alone, numba takes as many threads as this process may use cores, which once vLLM has bound
     its threads is one, and tells OpenMP to use no more for anything. Must be called before anything
-    runs in parallel. Without numba's OpenMP layer one thread does all the work.
+    runs in parallel.
+
+    Returns:
+        Whether that was done; without numba's OpenMP layer one thread does all the work.
     """
     numba.config.NUMBA_NUM_THREADS = parallel.NUM_THREADS = count
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     numba.get_num_threads()  # starts them
-    if numba.threading_layer() != "omp":
+    shared = numba.threading_layer() == "omp"
+    if not shared:
         numba.set_num_threads(1)
+    return shared

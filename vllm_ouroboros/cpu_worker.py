@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -13,6 +14,8 @@ from vllm_ouroboros.attention_kernel import share_threads
 from vllm_ouroboros.runner import TreeRunner
 from vllm_ouroboros.tree_step import TreeStep
 from vllm_ouroboros.worker import OuroborosCalls, take_place_of
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class OuroborosCPURunner(TreeRunner, CPUModelRunner):
@@ -52,4 +55,5 @@ class OuroborosCPUWorker(OuroborosCalls, CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
-        share_threads(torch.get_num_threads())
+        if not share_threads(torch.get_num_threads()):
+            logger.warning("numba has no OpenMP layer here: tree attention runs on one thread")

@@ -24,7 +24,6 @@ from vllm_ouroboros.attention import (
     TreeAttentionImpl,
     TreeAttentionMetadataBuilder,
     check_layout,
-    split_pages,
 )
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.kernels.reference import tree_attention
@@ -324,8 +323,11 @@ def test_a_row_does_not_depend_on_its_batch(vllm_config) -> None:
 
 
 def read(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [slots, Hkv, D] of a layer's cache."""
-    keys, values = split_pages(cache)
+    """Keys and values [slots, Hkv, D] of a layer's cache, as vLLM's "vec" kernels lay it out."""
+    num_blocks, num_kv, block_size, double = cache.shape
+    halves = cache.view(num_blocks, num_kv, 2, block_size * double // 2)
+    keys = halves[:, :, 0].unflatten(-1, (double // 2, block_size))
+    values = halves[:, :, 1].unflatten(-1, (block_size, double // 2))
     return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
 
 
@@ -405,16 +407,15 @@ def test_this_machines_layout_is_known(dtype, block, dim) -> None:
 
 @pytest.mark.parametrize("swap", ["keys", "values", "both"])
 def test_another_layout_is_refused(monkeypatch, swap) -> None:
-    def wrong(cache):
-        keys, values = split_pages(cache)
+    def wrong(keys, values, key_cache, value_cache, *rest, **named):
+        ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, *rest, **named)
+        block, dim = key_cache.shape[2:]
         if swap != "values":
-            keys = keys.reshape(keys.shape).flatten(2).unflatten(2, keys.shape[:1:-1])
-            keys = keys.transpose(2, 3)
+            key_cache[1, 0] = key_cache[1, 0].view(dim, block).T.clone().view(block, dim)
         if swap != "keys":
-            values = values.roll(1, dims=2)
-        return keys, values
+            value_cache[1, 0] = value_cache[1, 0].roll(1, dims=0)
 
-    monkeypatch.setattr(attention, "split_pages", wrong)
+    monkeypatch.setattr(attention, "ops", SimpleNamespace(cpu_attn_reshape_and_cache=wrong))
     with pytest.raises(ConfigError, match=r"'vec'.*float32.*block size 32.*head size 64"):
         check_layout("vec", torch.float32, 32, 64)
 
