@@ -81,8 +81,8 @@ class OuroborosConfig(BaseModel):
         return config
 
     def check_budget(self, num_speculative_tokens: int) -> None:
-        """Refuse a node budget that cannot hold the chain."""
-        if num_speculative_tokens < self.draft_tokens:
+        """Refuse a node budget that cannot hold a chain of fixed length."""
+        if not self.adaptive and num_speculative_tokens < self.draft_tokens:
             raise ConfigError(
                 f"num_speculative_tokens = {num_speculative_tokens} is the node budget of a "
                 f"request's tree and must be at least ouroboros.draft_tokens = "

@@ -232,7 +232,7 @@ def test_several_problems_are_all_told() -> None:
 def test_wrong_options_are_told_before_anything_loads() -> None:
     [problem] = compat.check_engine(engine(options={"draft_tokens": 0}))
     assert "ouroboros.draft_tokens = 0" in problem
-    [problem] = compat.check_engine(engine(num_speculative_tokens=3))
+    [problem] = compat.check_engine(engine(options={"adaptive": False}, num_speculative_tokens=3))
     assert "num_speculative_tokens = 3" in problem
 
 

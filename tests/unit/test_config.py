@@ -111,7 +111,8 @@ def test_a_pool_that_nobody_shares_is_not_kept() -> None:
 
 
 def test_the_budget_must_hold_the_chain() -> None:
-    config = OuroborosConfig(draft_tokens=9)
+    OuroborosConfig(draft_tokens=9).check_budget(1)  # the policy takes what there is
+    config = OuroborosConfig(draft_tokens=9, adaptive=False)
     config.check_budget(9)
     with pytest.raises(ConfigError) as error:
         config.check_budget(8)
@@ -127,7 +128,7 @@ def test_from_vllm_without_options(additional) -> None:
 
 def test_from_vllm_reads_and_checks() -> None:
     vllm_config = SimpleNamespace(
-        additional_config={"ouroboros": {"draft_tokens": 5, "draft_model": "x"}},
+        additional_config={"ouroboros": {"draft_tokens": 5, "draft_model": "x", "adaptive": False}},
         num_speculative_tokens=5,
     )
     config = OuroborosConfig.from_vllm(vllm_config)

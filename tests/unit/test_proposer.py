@@ -582,7 +582,7 @@ def test_a_wrong_setting_is_refused(monkeypatch) -> None:
     with pytest.raises(ConfigError, match="draft_tokens = 0"):
         make(monkeypatch, None, draft_tokens=0)
     with pytest.raises(ConfigError, match=r"num_speculative_tokens = 3.*draft_tokens = 4"):
-        make(monkeypatch, None, budget=3)
+        make(monkeypatch, None, budget=3, adaptive=False)
 
 
 def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
