@@ -24,7 +24,7 @@ FLOOR = 0.01  # probability below which a node is never worth its host work
 EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
 LOOK = 4  # steps that a look at drafts takes
 TRUSTED = 8  # steps until the speed of a batch is known
-CAUTION = 1.2  # what a row must bring of its cost: of many nodes, those overrated look best
+CAUTION = 1.3  # what a row must bring of its cost: of many nodes, those overrated look best
 
 
 class Step(NamedTuple):

@@ -20,7 +20,8 @@ from vllm_ouroboros.tree import ROOT, NodeSource
 _DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)
 _GUESS, _GUESS_ON = int(Evidence.GUESS), int(Evidence.GUESS_GOES_ON)
-_OLD, _NEW, _ON = int(Evidence.OLD), int(Evidence.NEW), int(Evidence.GOES_ON)
+_OLD, _NEW, _SOLE = int(Evidence.OLD), int(Evidence.NEW), int(Evidence.SOLE)
+_ON = int(Evidence.GOES_ON)
 _STEP = int(Evidence.OLD_2) - _OLD  # from the evidence of one context to that of the next
 FRONT = 256  # nodes that wait to be taken, at most
 CHILDREN = 32  # of a node, at most
@@ -119,8 +120,14 @@ def _from_pool(pool, scope, context, unknown, going, children, count):
         slot = find(pool, scope, key_of(context, len(context), long))
         if slot < 0:
             continue
+        newest = _SOLE
+        for g in range(1, pool.counts[slot]):
+            if pool.sources[slot, g] != _WINDOW and (
+                pool.tokens[slot, g, 0] != pool.tokens[slot, 0, 0]
+            ):
+                newest = _NEW
         for g in range(pool.counts[slot]):
-            evidence = _NEW if g == 0 else _OLD
+            evidence = newest if g == 0 else _OLD
             if pool.sources[slot, g] == _WINDOW:
                 evidence = _GUESS
             else:

@@ -33,16 +33,20 @@ class Evidence(IntEnum):
     GUESS_GOES_ON = 2  # it continues one whose tokens before it are on the path
     OLD = 3  # a phrase from text that is not the newest one of its key
     NEW = 4  # the newest
-    GOES_ON = 5  # it continues such a phrase
-    OLD_2 = 6  # the same for phrases that two tokens lead to,
-    NEW_2 = 7
-    GOES_ON_2 = 8
-    OLD_4 = 9  # four,
-    NEW_4 = 10
-    GOES_ON_4 = 11
-    OLD_8 = 12  # and eight
-    NEW_8 = 13
-    GOES_ON_8 = 14
+    SOLE = 5  # the same, where no phrase of the key begins with another token
+    GOES_ON = 6  # it continues such a phrase
+    OLD_2 = 7  # the same for phrases that two tokens lead to,
+    NEW_2 = 8
+    SOLE_2 = 9
+    GOES_ON_2 = 10
+    OLD_4 = 11  # four,
+    NEW_4 = 12
+    SOLE_4 = 13
+    GOES_ON_4 = 14
+    OLD_8 = 15  # and eight
+    NEW_8 = 16
+    SOLE_8 = 17
+    GOES_ON_8 = 18
 
 
 KINDS = GRADES * len(Evidence)
@@ -53,9 +57,19 @@ REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for e
 def _prior() -> np.ndarray:
     grades = np.array([0.08, 0.2, 0.38, 0.55, 0.7, 0.78, 0.82, 0.92, 0.04])
     alone = np.array(
-        [0.01, 0.1, 0.3, 0.03, 0.2, 0.4, 0.2, 0.5, 0.62, 0.28, 0.72, 0.8, 0.3, 0.93, 0.95]
+        [0.01, 0.1, 0.3]
+        + [0.03, 0.18, 0.39, 0.45]
+        + [0.2, 0.33, 0.7, 0.66]
+        + [0.28, 0.5, 0.82, 0.78]
+        + [0.4, 0.68, 0.97, 0.95]
     )
-    speaks = np.array([0.0, 0.1, 0.3, 0.2, 0.7, 0.9, 0.6, 1.4, 1.6, 0.6, 2.0, 2.2, 0.7, 3.5, 4.0])
+    speaks = np.array(
+        [0.0, 0.1, 0.3]
+        + [0.2, 0.6, 1.4, 0.9]
+        + [0.6, 0.9, 1.4, 1.6]
+        + [0.6, 1.0, 2.0, 2.0]
+        + [0.7, 1.6, 4.2, 3.5]
+    )
     odds = np.log(grades / (1 - grades))[:, None] + speaks
     return np.concatenate([1 / (1 + np.exp(-odds)), alone[None], alone[None]]).ravel()
 
@@ -77,7 +91,7 @@ def grade(probability):
 @njit(cache=True)
 def kind_of(grade, evidence):
     """Kind of a node."""
-    return grade * 15 + evidence
+    return grade * 19 + evidence
 
 
 @njit(cache=True)

@@ -63,9 +63,12 @@ def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
     for context in reversed([i for i, n in enumerate(CONTEXTS) if n <= len(text)]):
         key, old = key_of(tokens, len(text), context), olds[context]
         at = pool.arrays.keys == (scope << 32 | key)
-        for g, phrase in enumerate(pool.lookup(key, scope)):
-            guess = pool.arrays.sources[at][0, g] == PhraseSource.WINDOW
-            known.append((Evidence.GUESS if guess else old + (g == 0), phrase))
+        phrases = pool.lookup(key, scope)
+        guesses = (pool.arrays.sources[at] == PhraseSource.WINDOW).ravel()[: len(phrases)]
+        firsts = {phrase[0] for phrase, guess in zip(phrases, guesses, strict=True) if not guess}
+        for g, (phrase, guess) in enumerate(zip(phrases, guesses, strict=True)):
+            newest = 2 if len(firsts) == 1 else 1
+            known.append((Evidence.GUESS if guess else old + newest * (g == 0), phrase))
     found: dict[int, Child] = {}
     for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
         there = found.setdefault(child.token, child)
@@ -211,10 +214,10 @@ PAIR = key_of(np.array([1, 2], np.int32), 2, 1)
 @pytest.mark.parametrize(
     "key, source, newer, expected",
     [
-        (2, PhraseSource.PROMPT, [], "NEW GOES_ON GOES_ON"),
+        (2, PhraseSource.PROMPT, [], "SOLE GOES_ON GOES_ON"),
         (2, PhraseSource.HISTORY, [9], "OLD GOES_ON GOES_ON"),
         (2, PhraseSource.WINDOW, [], "GUESS GUESS_GOES_ON GUESS_GOES_ON"),
-        (PAIR, PhraseSource.HISTORY, [], "NEW_2 GOES_ON_2 GOES_ON_2"),
+        (PAIR, PhraseSource.HISTORY, [], "SOLE_2 GOES_ON_2 GOES_ON_2"),
         (PAIR, PhraseSource.PROMPT, [9], "OLD_2 GOES_ON_2 GOES_ON_2"),
     ],
 )
@@ -237,14 +240,14 @@ def test_who_thought_of_a_token_and_a_branch_that_brings_what_follows_it() -> No
     state.others[0, 0, 0], state.odds[0, 0, 0] = 7, 0.08
     state.branches[0, 0, 0], state.follow[0, 0, 0] = 8, 9
     assert looked(world) == {
-        (5,): (grade(0.9), Evidence.NEW, draft),
+        (5,): (grade(0.9), Evidence.SOLE, draft),
         (7,): (grade(0.8), Evidence.NONE, draft),
         (8,): (grade(DRAWN[0]), Evidence.NONE, draft),
         (5, 6): (grade(0.3), Evidence.NONE, draft),
-        (5, 11): (UNLIKELY, Evidence.NEW, suffix),
-        (5, 6, 12): (BEYOND, Evidence.NEW, suffix),
+        (5, 11): (UNLIKELY, Evidence.SOLE, suffix),
+        (5, 6, 12): (BEYOND, Evidence.SOLE, suffix),
         (8, 9): (grade(DRAWN[0]), Evidence.NONE, draft),
-        (8, 13): (BEYOND, Evidence.NEW, suffix),
+        (8, 13): (BEYOND, Evidence.SOLE, suffix),
     }
 
 
