@@ -18,6 +18,7 @@ REPEATS = 3
 LIMIT = 4.0  # seconds that a measurement may take, the size it is at included once more
 MEMORY = 0.05  # share of a new observation in what is refined
 FIRST = 8  # observations that weigh more
+REACH = 3.0  # doublings of rows over which an observation counts for other sizes
 SUFFIX = ".costs.json"
 """What the name of a pool's file gets for that of the costs."""
 WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
@@ -97,12 +98,14 @@ class Curve:
             self.factor += weight * (seen - self.factor)
 
     def _bend(self, rows: int, share: float) -> None:
-        """Change the seconds of the sizes around ``rows`` by up to this share."""
+        """Change the seconds of the sizes around ``rows`` by up to this share.
+
+        Of sizes far and wide, the less the farther: a bump where forwards happen to be would keep
+        them there.
+        """
         seconds = np.asarray(self.seconds, float)
-        near = np.searchsorted(self.sizes, rows)
-        for i in {max(0, near - 1), min(near, len(seconds) - 1)}:
-            far = abs(np.log2(rows / self.sizes[i]))
-            seconds[i] *= 1.0 + share * max(0.0, 1.0 - far)
+        far = np.abs(np.log2(rows / np.asarray(self.sizes, float)))
+        seconds *= 1.0 + share * np.maximum(0.0, 1.0 - far / REACH)
         self.seconds = np.maximum.accumulate(seconds).tolist()
         self._table = np.empty(0)
 
