@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_ouroboros import bench_serve
-from vllm_ouroboros.bench_engine import EngineSpec, RunSpec
+from vllm_ouroboros.bench_engine import EngineSpec, Place, RunSpec
 from vllm_ouroboros.bench_facts import facts
 from vllm_ouroboros.bench_methods import VANILLA, Method
 from vllm_ouroboros.bench_process import AnyEngine, EngineError, EngineProcess, Engines
 from vllm_ouroboros.bench_report import all_well, show_report
-from vllm_ouroboros.bench_rows import Cell, Load, cell_row, run_row
+from vllm_ouroboros.bench_rows import Cell, Load, cell_row, differences, run_row
 
 MIN_BATCHED_TOKENS = 2048
 SERVER_SEATS = 32  # requests that a server runs at a time, at least
@@ -103,13 +103,39 @@ class Bench:
                     if cell.method is method and cell.failure is None:
                         progressed(f"round {number + 1}: {method.title}, {cell.load}", 0)
                         self._run(cell, number, upcoming, progressed)
+            self._measure_gaps(progressed)
         finally:
             self.engines.end()
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a cell, from what has been measured so far."""
-        vanilla = {c.load: c for c in self.cells if c.method.name == VANILLA}
-        return [cell_row(cell, vanilla.get(cell.load), self.about) for cell in self.cells]
+        return [cell_row(cell, self._vanilla(cell.load), self.about) for cell in self.cells]
+
+    def _vanilla(self, load: Load) -> Cell | None:
+        same = (c for c in self.cells if c.method.name == VANILLA and c.load == load)
+        return next(same, None)
+
+    def _measure_gaps(self, progressed: Progressed) -> None:
+        """Ask vanilla how close a call it was wherever an output is not its own."""
+        gaps: dict[Place, float | None] = {}
+        for cell in self.cells:
+            vanilla = self._vanilla(cell.load)
+            for one in differences(cell, vanilla):
+                if vanilla is None or one["unit"] != "token" or None in one.values():
+                    continue  # texts of a server, or one output is the beginning of the other
+                tokens = next(iter(vanilla.runs.values())).outputs[one["prompt"]]
+                place = Place(
+                    self.plan.prompts[one["prompt"]], tuple(tokens[: one["at"]]),
+                    one["found"], one["vanilla"],
+                )  # fmt: skip
+                if place not in gaps:
+                    progressed("where outputs differ: vanilla vLLM", 0)
+                    try:
+                        gaps[place] = self.engines.get(vanilla.method, []).gap(place)
+                    except EngineError:
+                        return
+                if (gap := gaps[place]) is not None:
+                    cell.gaps[one["prompt"]] = gap
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows to the file."""

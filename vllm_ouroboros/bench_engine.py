@@ -1,8 +1,8 @@
 """One engine of the benchmark, in a process of its own.
 
-`main` is the child's entry point. It takes an `EngineSpec` and then `RunSpec`s from a connection
-until None comes, and answers with pairs of a kind ("ready", "done", "result" or "error") and a
-value.
+`main` is the child's entry point. It takes an `EngineSpec` from a connection, then a `RunSpec` or
+`Place` at a time until None comes, and answers with pairs of a kind ("ready", "done", "result" or
+"error") and a value.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a prompt's answer leaves vanilla's: what both have, then the two tokens that follow."""
+
+    prompt: str
+    shared: tuple[int, ...]
+    found: int
+    vanilla: int
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run gave.
 
@@ -87,8 +97,12 @@ def main(events_fd: int) -> None:
     try:
         engine = Engine(connection.recv())
         connection.send(("ready", engine.facts))
-        while (run := connection.recv()) is not None:
-            connection.send(("result", engine.run(run, lambda n: connection.send(("done", n)))))
+        while (wanted := connection.recv()) is not None:
+            if isinstance(wanted, Place):
+                result: Any = engine.gap(wanted)
+            else:
+                result = engine.run(wanted, lambda n: connection.send(("done", n)))
+            connection.send(("result", result))
     except EOFError:
         return
     except Exception as error:
@@ -151,12 +165,25 @@ class Engine:
             costs=self.llm.collective_rpc("ouroboros_costs")[0] if self.ours else {},
         )
 
+    def gap(self, place: Place) -> float | None:
+        """By how much the logit of vanilla's token is above the other; None below the first 20."""
+        from vllm import SamplingParams
+
+        ids = [*self.llm.get_tokenizer().encode(place.prompt), *place.shared]
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
+        [output] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        [said] = output.outputs[0].logprobs
+        if place.found not in said or place.vanilla not in said:
+            return None
+        return float(said[place.vanilla].logprob - said[place.found].logprob)
+
     def _serve(self, prompts: Sequence[str], run: RunSpec, done: Any) -> list[Any]:
         """Outputs of the prompts, with as many of them under way as the run wants."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, waiting, found = self.llm.llm_engine, [*enumerate(prompts)][::-1], {}
+        engine, waiting = self.llm.llm_engine, [*enumerate(prompts)][::-1]
+        found: dict[int, Any] = {}
         params = SamplingParams(
             temperature=0.0, max_tokens=run.max_tokens, ignore_eos=run.ignore_eos,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_ouroboros.bench_engine import EngineSpec, RunResult, RunSpec
+from vllm_ouroboros.bench_engine import EngineSpec, Place, RunResult, RunSpec
 from vllm_ouroboros.bench_methods import Method
 from vllm_ouroboros.engine_process import child_code, end_group, environ, log_cause, next_event
 
@@ -35,6 +35,8 @@ class AnyEngine(Protocol):
     facts: dict[str, Any]
 
     def run(self, run: RunSpec, done: Callable[[int], None]) -> RunResult: ...
+
+    def gap(self, place: Place) -> float | None: ...
 
     def peak(self) -> int: ...
 
@@ -84,6 +86,11 @@ class EngineProcess:
         assert isinstance(result, RunResult)
         return result
 
+    def gap(self, place: Place) -> float | None:
+        """See `bench_engine.Engine.gap`; raises `EngineError`."""
+        found: float | None = self._ask(place, lambda _: None)
+        return found
+
     def peak(self) -> int:
         """Largest resident memory since the last run began: bytes, summed over the processes."""
         return peak_memory(self._child.pid)
@@ -116,7 +123,7 @@ class EngineProcess:
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, wanted)
 
-    def _ask(self, what: EngineSpec | RunSpec, done: Callable[[int], None]) -> Any:
+    def _ask(self, what: EngineSpec | RunSpec | Place, done: Callable[[int], None]) -> Any:
         hint = "" if self._verbose else " (--verbose shows the log)"
         try:
             self._connection.send(what)

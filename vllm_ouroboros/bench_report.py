@@ -93,12 +93,13 @@ def _show_trouble(console: Console, row: Row) -> None:
         reason = f": {row['reason']}" if row["reason"] else ""
         style = "red" if row["status"] == "failed" else "dim"
         console.print(f"{row['status']}: {row_title(row)}{reason}", style=style, soft_wrap=True)
-    elif row["first_difference"] is not None:
-        at = row["first_difference"]
+    elif row["differences"]:
+        at = row["differences"][0]
+        gaps = ", ".join(_number(one["gap"], 3) for one in row["differences"])
         console.print(
-            f"different: {row_title(row)}: {row['outputs_total'] - row['outputs_equal']} of "
-            f"{row['outputs_total']} outputs ({row['dtype']}); first in prompt {at['prompt']} at "
-            f"{at['unit']} {at['at']}: {at['found']!r}, vanilla has {at['vanilla']!r}",
+            f"different: {row_title(row)}: {len(row['differences'])} of {row['outputs_total']} "
+            f"outputs ({row['dtype']}); first in prompt {at['prompt']} at {at['unit']} {at['at']}: "
+            f"{at['found']!r}, vanilla has {at['vanilla']!r}; vanilla's logit is above by {gaps}",
             style="red" if row["dtype"] == "float32" else "yellow",
             soft_wrap=True,
         )
@@ -119,7 +120,6 @@ def _show_facts(console: Console, row: Row) -> None:
 def all_well(rows: Sequence[Row]) -> bool:
     """Whether no cell has failed and, in float32, no output differs from vanilla's."""
     return not any(
-        row["status"] == "failed"
-        or (row["first_difference"] is not None and row["dtype"] == "float32")
+        row["status"] == "failed" or (row["differences"] and row["dtype"] == "float32")
         for row in rows
     )

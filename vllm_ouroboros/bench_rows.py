@@ -38,6 +38,8 @@ class Cell:
         runs: results by round.
         peaks: bytes of the largest resident memory, one a run.
         failure: why it has failed.
+        gaps: for prompts whose output is not vanilla's, by how much vanilla's logit of its own
+            token is above that of the other one.
     """
 
     method: Method
@@ -46,6 +48,7 @@ class Cell:
     peaks: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    gaps: dict[int, float] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -127,27 +130,32 @@ def _texts(run: RunResult) -> bool:
     return bool(run.outputs) and isinstance(run.outputs[0], str)
 
 
-def compare(
-    runs: Sequence[RunResult], expected: Sequence[Sequence[Any]]
-) -> tuple[int, dict[str, Any] | None]:
-    """How many prompts have the expected output in every run, and the first difference."""
-    same, first = 0, None
+def compare(runs: Sequence[RunResult], expected: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The prompts of which an output is not the expected one in some run, and where it begins."""
+    found = []
     for prompt, wanted in enumerate(expected):
         wrong = next((run.outputs[prompt] for run in runs if run.outputs[prompt] != wanted), None)
-        if wrong is None:
-            same += 1
-        elif first is None:
+        if wrong is not None:
             at = 0
             while wrong[at : at + 1] == wanted[at : at + 1]:
                 at += 1
-            first = {
-                "prompt": prompt,
-                "unit": "character" if isinstance(wanted, str) else "token",
-                "at": at,
-                "found": wrong[at] if at < len(wrong) else None,
-                "vanilla": wanted[at] if at < len(wanted) else None,
-            }
-    return same, first
+            found.append(
+                {
+                    "prompt": prompt,
+                    "unit": "character" if isinstance(wanted, str) else "token",
+                    "at": at,
+                    "found": wrong[at] if at < len(wrong) else None,
+                    "vanilla": wanted[at] if at < len(wanted) else None,
+                }
+            )
+    return found
+
+
+def differences(cell: Cell, vanilla: Cell | None) -> list[dict[str, Any]]:
+    """Where a cell's outputs leave those of vanilla's first run."""
+    if not cell.runs or vanilla is None or not vanilla.runs:
+        return []
+    return compare([*cell.runs.values()], next(iter(vanilla.runs.values())).outputs)
 
 
 def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +181,10 @@ def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict
     found = [counts(cell.method, run) for run in runs]
     compared = ratio(cell.runs, vanilla.runs) if vanilla is not None else None
     value, low, high = compared or (None, None, None)
-    same, first = None, None
-    if runs and vanilla is not None and vanilla.runs:
-        same, first = compare(runs, next(iter(vanilla.runs.values())).outputs)
+    compared_to = len(runs[0].outputs) if runs and vanilla is not None and vanilla.runs else None
+    different = [
+        one | {"gap": cell.gaps.get(one["prompt"])} for one in differences(cell, vanilla)
+    ]  # fmt: skip
     return {
         "kind": "cell",
         **_names(cell),
@@ -194,9 +203,9 @@ def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict
         "time_per_token_ms": _ms([s for run in runs for s in run.each]),
         **{name: _median([f[name] for f in found]) for name in counts(cell.method, _NOTHING)},
         "peak_memory_mib": round(max(cell.peaks) / 2**20) if cell.peaks else None,
-        "outputs_equal": same,
-        "outputs_total": len(runs[0].outputs) if same is not None else None,
-        "first_difference": first,
+        "outputs_equal": None if compared_to is None else compared_to - len(different),
+        "outputs_total": compared_to,
+        "differences": different,
         **cell.facts,
         **facts,
     }

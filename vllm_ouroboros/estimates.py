@@ -56,20 +56,16 @@ REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for e
 
 def _prior() -> np.ndarray:
     grades = np.array([0.08, 0.2, 0.38, 0.55, 0.7, 0.78, 0.82, 0.92, 0.04])
-    alone = np.array(
-        [0.01, 0.1, 0.3]
-        + [0.03, 0.18, 0.39, 0.45]
-        + [0.2, 0.33, 0.7, 0.66]
-        + [0.28, 0.5, 0.82, 0.78]
-        + [0.4, 0.68, 0.97, 0.95]
-    )
-    speaks = np.array(
-        [0.0, 0.1, 0.3]
-        + [0.2, 0.6, 1.4, 0.9]
-        + [0.6, 0.9, 1.4, 1.6]
-        + [0.6, 1.0, 2.0, 2.0]
-        + [0.7, 1.6, 4.2, 3.5]
-    )
+    # of what the pool says: nothing and guesses, then OLD, NEW, SOLE and GOES_ON by context
+    alone = np.array([
+        [0.03, 0.18, 0.39, 0.45], [0.2, 0.33, 0.7, 0.66],
+        [0.28, 0.5, 0.82, 0.78], [0.4, 0.68, 0.97, 0.95],
+    ])  # fmt: skip
+    speaks = np.array([
+        [0.2, 0.6, 1.4, 0.9], [0.6, 0.9, 1.4, 1.6], [0.6, 1.0, 2.0, 2.0], [0.7, 1.6, 4.2, 3.5],
+    ])  # fmt: skip
+    alone = np.concatenate([[0.01, 0.1, 0.3], alone.ravel()])
+    speaks = np.concatenate([[0.0, 0.1, 0.3], speaks.ravel()])
     odds = np.log(grades / (1 - grades))[:, None] + speaks
     return np.concatenate([1 / (1 + np.exp(-odds)), alone[None], alone[None]]).ravel()
 

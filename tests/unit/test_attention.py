@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -317,6 +319,24 @@ def test_a_row_does_not_depend_on_its_batch(vllm_config) -> None:
     alone.table = together.table[:1]
     impl = make_impl(4, 2, 32)
     close(alone.run(impl, alone.step()), together.run(impl, together.step())[:10])
+
+
+THREADS = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as vLLM binds its worker
+import torch
+torch.set_num_threads(2)
+from vllm_ouroboros.attention_kernel import numba, share_threads
+shared = share_threads(2)
+print(shared, numba.get_num_threads(), torch.get_num_threads())
+"""
+
+
+def test_the_kernel_runs_on_the_threads_of_torch_and_leaves_them() -> None:
+    """Bound to a core, numba would take one thread for itself and for OpenMP as a whole."""
+    run = [sys.executable, "-P", "-c", THREADS]
+    found = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert found == (["True", "2", "2"] if found[0] == "True" else ["False", "1", "2"])
 
 
 # -- the KV of accepted rows -----------------------------------------------------------------------

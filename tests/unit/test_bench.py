@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_ouroboros import bench, bench_methods, bench_report
-from vllm_ouroboros.bench_engine import RunResult, RunSpec
+from vllm_ouroboros.bench_engine import Place, RunResult, RunSpec
 from vllm_ouroboros.bench_methods import Method, build
 from vllm_ouroboros.bench_process import EngineError, Engines
 from vllm_ouroboros.bench_rows import Load
@@ -63,11 +63,18 @@ class Fake:
             done(len(group))
         return RunResult(
             groups=[(4 * len(group), 4 * len(group) * speed) for group in groups],
-            outputs=[[1, 2, 3, 4] for _ in run.prompts],
+            outputs=[self.answer(prompt) for prompt in run.prompts],
             first=[0.01] * 3,
             each=[0.1] * 3,
             counters={"accepted": 6, "draft_nodes": 9, "engine_steps": 6},
         )
+
+    def answer(self, prompt: str) -> list[int]:
+        return [1, 2, 3, 4]
+
+    def gap(self, place: Place) -> float | None:
+        self.log.append(("gap", self.method.name, place))
+        return 0.25 if place.found == 9 else None
 
     def peak(self) -> int:
         return 3 * 2**20
@@ -89,6 +96,29 @@ def run(given: bench.Plan, fail: Callable[[Method, RunSpec], bool] = lambda *_: 
     )
     found.run(lambda *_: None)
     return found, log
+
+
+class Astray(Fake):
+    """One whose answers are not vanilla's, but for the first prompt."""
+
+    def answer(self, prompt: str) -> list[int]:
+        wrong = {"b": [1, 9, 9, 4], "c": [8, 2]}.get(prompt, [1, 2, 3, 4])
+        return [1, 2, 3, 4] if self.method.name == "vanilla" else wrong
+
+
+def test_vanilla_says_how_close_a_call_it_was_where_outputs_differ(tmp_path: Path) -> None:
+    log: list[Any] = []
+    given = plan(tmp_path, methods("vanilla", "ngram"))
+    found = bench.Bench(given, ABOUT, start=lambda m: Astray(m, log, lambda _: False), serve=None)
+    found.run(lambda *_: None)
+    asked = [entry[1:] for entry in log if entry[0] == "gap"]
+    # each place once, whatever the batch and the round
+    assert asked == [("vanilla", Place("b", (1,), 9, 2)), ("vanilla", Place("c", (), 8, 1))]
+    vanilla, ngram = found.rows()[:2]
+    assert vanilla["differences"] == []
+    assert [one["gap"] for one in ngram["differences"]] == [0.25, None]
+    assert (ngram["outputs_equal"], ngram["outputs_total"]) == (1, 3)
+    assert not bench_report.all_well(bench._with_dtype(found.rows(), given))
 
 
 # -- order -------------------------------------------------------------------------------------
@@ -201,10 +231,11 @@ def test_rows_of_a_whole_benchmark(tmp_path: Path) -> None:
         "tokens_per_second_max": 2.0, "ratio": 2.0, "first_token_ms": 10.0,
         "time_per_token_ms": 100.0, "tokens_per_target_forward": 2.0,
         "draft_forwards_per_token": 2.5, "verified_nodes_per_token": 0.75,
-        "peak_memory_mib": 3, "outputs_equal": 3, "outputs_total": 3, "first_difference": None,
+        "peak_memory_mib": 3, "outputs_equal": 3, "outputs_total": 3,
         "dtype": "float32", "commit": "c0ffee", "rate": None,
     }  # fmt: skip
     assert {key: row[key] for key in expected} == pytest.approx(expected)
+    assert row["differences"] == []
     assert row["rule"] and row["hardware"]["cores"] == 2
     assert row["ratio_low"] <= 2.0 <= row["ratio_high"]
     skipped = next(r for r in rows if r["method"] == "suffix")

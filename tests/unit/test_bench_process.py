@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from vllm_ouroboros import bench_engine, bench_process
-from vllm_ouroboros.bench_engine import EngineSpec, RunResult, RunSpec
+from vllm_ouroboros.bench_engine import EngineSpec, Place, RunResult, RunSpec
 from vllm_ouroboros.bench_process import EngineError, EngineProcess
 from vllm_ouroboros.config import PROPOSER
 
@@ -180,8 +180,10 @@ class FakeLLM:
         self.log.append(name)
         return [{"steps": 10 * self.drafts}]
 
-    def generate(self, prompts: list[str], params: Any, use_tqdm: bool) -> None:
+    def generate(self, prompts: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
         self.log.append((prompts, params.max_tokens))
+        said = {5: SimpleNamespace(logprob=-0.5), 6: SimpleNamespace(logprob=-0.75)}
+        return [SimpleNamespace(outputs=[SimpleNamespace(logprobs=[said])])]
 
     def add_request(self, request_id: str, prompt: str, params: Any) -> None:
         self.live.append((request_id, prompt))
@@ -195,14 +197,9 @@ class FakeLLM:
             first_token_latency=0.5, first_token_ts=1.0, last_token_ts=3.0
         )  # fmt: skip
         going = [SimpleNamespace(finished=False)] * len(self.live)
-        return going[:1] + [
-            SimpleNamespace(
-                request_id=request_id,
-                finished=True,
-                metrics=times,
-                outputs=[SimpleNamespace(token_ids=[ord(prompt[0]), 1, 2])],
-            )  # fmt: skip
-        ]
+        ended = SimpleNamespace(request_id=request_id, finished=True, metrics=times)
+        ended.outputs = [SimpleNamespace(token_ids=[ord(prompt[0]), 1, 2])]
+        return [*going[:1], ended]
 
 
 @pytest.fixture
@@ -261,6 +258,15 @@ def test_a_run_of_vllms_own() -> None:
         engine.run(RunSpec(("x" * 64,), 1, 8), print)
 
 
+@pytest.mark.usefixtures("vllm")
+def test_how_close_a_call_was() -> None:
+    engine = bench_engine.Engine(SPEC)
+    assert engine.gap(Place("ab", (7, 8), found=6, vanilla=5)) == 0.25
+    llm: Any = engine.llm
+    assert llm.log == [([{"prompt_token_ids": ["a", "b", 7, 8]}], 1)]
+    assert engine.gap(Place("ab", (), found=9, vanilla=5)) is None
+
+
 def test_one_token_has_no_time_per_token() -> None:
     times = SimpleNamespace(first_token_ts=1.0, last_token_ts=1.0)
     one = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])], metrics=times)
@@ -271,11 +277,12 @@ def test_one_token_has_no_time_per_token() -> None:
 @pytest.mark.usefixtures("vllm")
 def test_the_dialogue_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
-    wanted = iter([SPEC, RUN, RunSpec(("x" * 64,), 1, 8)])
+    wanted = iter([SPEC, RUN, Place("a", (), 6, 5), RunSpec(("x" * 64,), 1, 8)])
     fake = SimpleNamespace(recv=lambda: next(wanted), send=sent.append)
     monkeypatch.setattr(bench_engine, "Connection", lambda _: fake)
     monkeypatch.setattr(bench_engine, "end_with_parent", lambda: None)
     bench_engine.main(0)
-    assert [kind for kind, _ in sent] == ["ready", *["done"] * 3, "result", "error"]
+    assert [kind for kind, _ in sent] == ["ready", *["done"] * 3, "result", "result", "error"]
     assert isinstance(sent[4][1], RunResult)
-    assert sent[5][1].startswith("ValueError: a prompt has 64 tokens")
+    assert sent[5] == ("result", 0.25)
+    assert sent[6][1].startswith("ValueError: a prompt has 64 tokens")

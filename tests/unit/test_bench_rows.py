@@ -108,15 +108,16 @@ def test_counts_of_each_kind_of_engine() -> None:
     assert values(draft, result([(0, 1.0)], counters={}))[0] is None
 
 
-def test_compare_says_where_the_first_difference_is() -> None:
+def test_compare_says_where_outputs_differ() -> None:
     expected = [[1, 2, 3], [4, 5], [6]]
     good, bad = result([], outputs=expected), result([], outputs=[[1, 2, 3], [4], [7]])
-    assert bench_rows.compare([good, good], expected) == (3, None)
-    same, first = bench_rows.compare([good, bad], expected)
-    assert same == 1
-    assert first == {"prompt": 1, "unit": "token", "at": 1, "found": None, "vanilla": 5}
-    _, first = bench_rows.compare([result([], outputs=["abX"])], ["abc"])
-    assert first == {"prompt": 0, "unit": "character", "at": 2, "found": "X", "vanilla": "c"}
+    assert bench_rows.compare([good, good], expected) == []
+    assert bench_rows.compare([good, bad], expected) == [
+        {"prompt": 1, "unit": "token", "at": 1, "found": None, "vanilla": 5},
+        {"prompt": 2, "unit": "token", "at": 0, "found": 7, "vanilla": 6},
+    ]
+    [text] = bench_rows.compare([result([], outputs=["abX"])], ["abc"])
+    assert text == {"prompt": 0, "unit": "character", "at": 2, "found": "X", "vanilla": "c"}
 
 
 # -- what is shown -----------------------------------------------------------------------------
