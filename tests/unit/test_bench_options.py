@@ -111,7 +111,9 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
         ("--ouroboros-config", "[1]"): "must be a JSON object",
         ("--ouroboros-config", '{"draft_tokens": 0}'): "ouroboros.draft_tokens = 0",
         ("--ouroboros-config", '{"pool_path": "p"}'): "ouroboros.pool_path = 'p'",
-        ("--nodes", "4"): "must be at least ouroboros.draft_tokens = 8",
+        ("--nodes", "4", "--ouroboros-config", '{"adaptive": false}'): (
+            "must be at least ouroboros.draft_tokens = 8"
+        ),
         ("--model", "/no/such"): "--model /no/such: no such folder",
         ("--draft-model", "nowhere"): "--draft-model nowhere: no such folder",
         ("--out", str(tmp_path)): "is a folder or in none that exists",
