@@ -49,7 +49,8 @@ class Evidence(IntEnum):
     GOES_ON_8 = 18
 
 
-KINDS = GRADES * len(Evidence)
+_EVIDENCES = len(Evidence)
+KINDS = GRADES * _EVIDENCES
 PRIOR_WEIGHT, MEMORY = 6.0, 0.998  # observations that the prior is worth; decay for each step
 REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for each of its steps
 
@@ -87,7 +88,7 @@ def grade(probability):
 @njit(cache=True)
 def kind_of(grade, evidence):
     """Kind of a node."""
-    return grade * 19 + evidence
+    return grade * _EVIDENCES + evidence
 
 
 @njit(cache=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ if TYPE_CHECKING:
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
+
+
+class Plan(NamedTuple):
+    """What phrases alone would make of a step, before the draft model is asked."""
+
+    rates: np.ndarray  # float64 [R, KINDS]
+    least: float  # probability below which no node is worth a look
+    trees: list[DraftTree]
+    probabilities: list[np.ndarray]  # float64 of the nodes of each tree
 
 
 class OuroborosProposer:
@@ -250,20 +259,22 @@ class OuroborosProposer:
                 if self.rounds is not None and not request.sampled.plain:
                     sampled[slot] = request.sampled.ahead()
         slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
+        plan, promised = None, np.zeros(len(slots))
+        if self.policy is not None:
+            with self.clock.phase("build"):
+                size = len(sampled_token_ids)
+                plan = self._plan(self.policy, slot_array, row_array, token_ids_cpu, size)
+                worth = self.policy.row_worth(size)
+                promised = np.array([p[p > worth].sum() for p in plan.probabilities])
         if self.rounds is not None:
-            promised = np.zeros(len(slots))
-            if self.policy is not None:
-                promised = self._without_draft(
-                    self.policy, slot_array, row_array, token_ids_cpu, len(sampled_token_ids)
-                )
             self.rounds.run(
                 runner, prompts, slot_array, row_array, token_ids_cpu, sampled, promised
             )
         with self.clock.phase("build"):
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-            if self.policy is not None:
+            if self.policy is not None and plan is not None:
                 trees = self._best_trees(
-                    self.policy, slot_array, row_array, token_ids_cpu, len(drafts)
+                    self.policy, plan, slot_array, row_array, token_ids_cpu, len(drafts)
                 )
             else:
                 trees = self._whole_trees(slot_array, row_array, token_ids_cpu, len(drafts))
@@ -283,44 +294,40 @@ class OuroborosProposer:
         wanted = self.runner.nodes_wanted(requests) if alike else 0
         return [self.drafting.tree(slot).padded(wanted) for slot in slots.tolist()]
 
-    def _without_draft(
+    def _plan(
         self,
         policy: Policy,
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
         requests: int,
-    ) -> np.ndarray:
-        """What trees of phrases alone promise: tokens float64 [R], of nodes worth their rows."""
+    ) -> Plan:
+        """Trees of phrases alone, in a batch of so many requests."""
         rates, least = policy.rates(slots.tolist()), policy.least(requests)
         trees, probabilities = self.drafting.grow(slots, rows, token_ids, rates, least, alone=True)
-        worth, ids = policy.row_worth(requests), self.runner.input_batch.req_ids
-        promised = np.zeros(len(slots))
-        for i, (row, tree, p) in enumerate(zip(rows.tolist(), trees, probabilities, strict=True)):
-            p = p[p > worth]
-            promised[i] = p.sum()
-            self.requests[ids[row]].alone = tree.prefix(len(p))
-        return promised
+        return Plan(rates, least, trees, probabilities)
 
     def _best_trees(
         self,
         policy: Policy,
+        plan: Plan,
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
         requests: int,
     ) -> list[DraftTree]:
-        """Trees of those nodes that are worth their rows."""
-        if not len(slots):
-            return []
-        rates, least = policy.rates(slots.tolist()), policy.least(requests)
-        drafting, ids = self.drafting, self.runner.input_batch.req_ids
-        trees, probabilities = drafting.grow(slots, rows, token_ids, rates, least)
-        drafted = drafting.state.chain_len[slots] > 0
-        for row, tree, is_drafted in zip(rows.tolist(), trees, drafted.tolist(), strict=True):
-            self.requests[ids[row]].grown = tree
-            if not is_drafted:
-                self.requests[ids[row]].alone = None
+        """Trees of those nodes that are worth their rows; the plan's where nothing was drafted."""
+        trees, probabilities = [*plan.trees], [*plan.probabilities]
+        found = [self.requests[self.runner.input_batch.req_ids[row]] for row in rows.tolist()]
+        drafted, worth = self.drafting.state.chain_len[slots] > 0, policy.row_worth(requests)
+        with_draft = self.drafting.grow(
+            slots[drafted], rows[drafted], token_ids, plan.rates[drafted], plan.least
+        )
+        for i, tree, p in zip(np.flatnonzero(drafted).tolist(), *with_draft, strict=True):
+            found[i].alone = trees[i].prefix(int((probabilities[i] > worth).sum()))
+            trees[i], probabilities[i] = tree, p
+        for request, tree in zip(found, trees, strict=True):
+            request.grown = tree
         sizes = policy.sizes(probabilities, requests)
         return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 
