@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ouroboros.adaptive import CAUTION, IDLE, LOOK, TRUSTED, Policy, Step
@@ -127,6 +127,7 @@ def test_kinds_are_grades_and_evidence() -> None:
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 12), known=st.integers(1, 13))
+@settings(deadline=None)
 def test_what_is_learned_are_the_turns_of_a_walk(seed, size, known) -> None:
     """Every accepted node was right in its turn; each level has at most one that was. Nothing is
     learned of places that the target has not written yet.
