@@ -221,7 +221,7 @@ class Policy:
         ends = np.ones(len(slots))
         for r, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
             known = self.requests[slot]
-            rates = np.minimum(known.manner.estimates.grades() * known.leaning.factor, 0.99)
+            rates = known.leaning.of(known.manner.estimates.grades())
             ends[r] = rates[np.searchsorted(EDGES, confidence[r, :length], "right")].prod()
         gains = ends * self._gained - self.row_worth(batch)
         pays = gains[gains > 0].sum() > self.speed(batch) * self.costs.round(rows)
@@ -272,5 +272,8 @@ class Policy:
         known.manner.estimates.learn(tree, text, known.leaning)
         if alone is not None:
             right = known.manner.estimates.learn(alone, text, None)
-            rows = self.row_worth(len(self.requests)) * (size - len(alone.tokens))
-            known.compare(len(text) - 1 - right - rows, 1 / max(1, len(self.requests)))
+            saved = known.manner.estimates.steps_saved(tree, text, int(right))
+            batch, more = len(self.requests), len(text) - 1 - right
+            seconds = saved * self.plain_step(batch) / batch
+            seconds -= (size - len(alone.tokens) - more) * self._row(batch)  # rows that were wrong
+            known.compare(self.speed(batch) * seconds, 1 / batch)

@@ -36,7 +36,7 @@ class OuroborosConfig(BaseModel):
     )
     guess_set_size: int = Field(10, ge=1, le=64, description="G, phrases kept per key token")
     pool_capacity: int = Field(
-        131072, ge=64, le=2**22, description="keys that the phrase pool holds before it evicts"
+        262144, ge=64, le=2**22, description="keys that the phrase pool holds before it evicts"
     )
     pool_scope: Literal["global", "request"] = Field(
         "global", description="who shares phrases: all requests, or nobody"

@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.tree import ROOT, DraftTree
+from vllm_ouroboros.tree import ROOT, DraftTree, child_of
 
 EDGES = np.array([0.06, 0.14, 0.28, 0.45, 0.62, 0.78, 0.92], np.float32)
 """Bounds between the draft model's grades: its probability of a token, those before it being
@@ -43,16 +43,21 @@ class Evidence(IntEnum):
     NEW_4 = 12
     SOLE_4 = 13
     GOES_ON_4 = 14
-    OLD_8 = 15  # and eight
+    OLD_8 = 15  # eight,
     NEW_8 = 16
     SOLE_8 = 17
     GOES_ON_8 = 18
+    OLD_24 = 19  # and twenty-four
+    NEW_24 = 20
+    SOLE_24 = 21
+    GOES_ON_24 = 22
 
 
 _EVIDENCES = len(Evidence)
 KINDS = GRADES * _EVIDENCES
 PRIOR_WEIGHT, MEMORY = 6.0, 0.998  # observations that the prior is worth; decay for each step
 REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for each of its steps
+SUREST = 0.995  # rate that no node goes beyond
 
 
 def _prior() -> np.ndarray:
@@ -61,9 +66,12 @@ def _prior() -> np.ndarray:
     alone = np.array([
         [0.03, 0.18, 0.39, 0.45], [0.2, 0.33, 0.7, 0.66],
         [0.28, 0.5, 0.82, 0.78], [0.4, 0.68, 0.97, 0.95],
+        [0.5, 0.8, 0.99, 0.985],
     ])  # fmt: skip
     speaks = np.array([
-        [0.2, 0.6, 1.4, 0.9], [0.6, 0.9, 1.4, 1.6], [0.6, 1.0, 2.0, 2.0], [0.7, 1.6, 4.2, 3.5],
+        [0.2, 0.6, 1.4, 0.9], [0.6, 0.9, 1.4, 1.6],
+        [0.6, 1.0, 2.0, 2.0], [0.7, 1.6, 4.2, 3.5],
+        [0.7, 1.6, 5.2, 4.5],
     ])  # fmt: skip
     alone = np.concatenate([[0.01, 0.1, 0.3], alone.ravel()])
     speaks = np.concatenate([[0.0, 0.1, 0.3], speaks.ravel()])
@@ -112,6 +120,26 @@ def observe(tokens, parents, kinds, text, turns, right):
         node = found
 
 
+@njit(cache=True)
+def surprises(tokens, parents, kinds, text, first, by_phrase):
+    """How many right nodes of a path a tree of phrases would have lacked, by what phrases knew.
+
+    ``text`` int32 [m] leads along the path, of whose nodes those before ``first`` do not count and
+    that one is known to be lacking; ``by_phrase`` float64 [evidence] are rates.
+    """
+    node, lacking = ROOT, 0.0
+    for depth in range(text.shape[0] - 1):
+        found = child_of(tokens, parents, tokens.shape[0], node, text[depth])
+        if found < 0:
+            break
+        node = found
+        if depth == first:
+            lacking += 1.0
+        elif depth > first:
+            lacking += 1.0 - by_phrase[kinds[node] % _EVIDENCES]
+    return lacking
+
+
 @dataclass
 class Estimates:
     """Rates of kinds, over many requests, and how one request differs from them.
@@ -126,8 +154,10 @@ class Estimates:
 
     def rates(self, leaning: Leaning) -> np.ndarray:
         """Rates float64 [KINDS] for a request."""
-        rates = (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
-        return np.clip(rates * leaning.factor, 0.002, 0.99)
+        return np.clip(leaning.of(self._rates()), 0.002, SUREST)
+
+    def _rates(self) -> np.ndarray:
+        return (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
 
     def grades(self) -> np.ndarray:
         """Rates float64 [GRADES] whatever the pool says."""
@@ -147,11 +177,24 @@ class Estimates:
         turns, right = np.zeros(KINDS), np.zeros(KINDS)
         observe(tree.tokens, tree.parents, tree.kinds, text, turns, right)
         if leaning is not None:
-            expected = (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
-            leaning.learn(float(right.sum()), float((turns * expected).sum()))
+            expected = float((turns * self._rates()).sum())
+            leaning.learn(float(right.sum()), expected, float(turns.sum()))
         self.turns += turns
         self.right += right
         return float(right.sum())
+
+    def steps_saved(self, tree: DraftTree, text: np.ndarray, alone: int) -> float:
+        """How many steps a tree spared a request which wrote ``text`` int32 [m].
+
+        Args:
+            tree: with kinds.
+            alone: nodes that would have been right without the draft model. The step would have
+                ended behind them; of what followed, phrases would have had some in the next ones.
+        """
+        if len(text) - 1 < alone:
+            return -1.0
+        by_phrase = self._rates().reshape(GRADES, _EVIDENCES)[ALONE]
+        return surprises(tree.tokens, tree.parents, tree.kinds, text, alone, by_phrase)
 
     def fade(self) -> None:
         """A step went by: what is not seen again comes back to the prior, and is tried again."""
@@ -161,22 +204,41 @@ class Estimates:
 
 @dataclass
 class Leaning:
-    """Whether a request's drafts are right more or less often than others'."""
+    """Whether a request's drafts are right more or less often than others'.
+
+    Attributes:
+        right: nodes that were right, of late.
+        expected: that were expected to be.
+        turns: that had their turn.
+    """
 
     right: float = 0.0
     expected: float = 0.0
+    turns: float = 0.0
 
     @property
     def factor(self) -> float:
-        """What its rates are multiplied with."""
-        return (self.right + REQUEST_WEIGHT) / (self.expected + REQUEST_WEIGHT)
+        """What the odds of its rates are multiplied with."""
+        right = (self.right + REQUEST_WEIGHT) / (self.expected + REQUEST_WEIGHT)
+        wrong = self.turns - self.right, self.turns - self.expected
+        return right * (wrong[1] + REQUEST_WEIGHT) / (wrong[0] + REQUEST_WEIGHT)
 
-    def learn(self, right: float, expected: float) -> None:
-        """So many nodes were right in a step where so many were expected to be."""
+    def of(self, rates: np.ndarray) -> np.ndarray:
+        """Rates of this request, given those of all.
+
+        By the odds: a factor on rates near 1 would make long paths of them look sure.
+        """
+        odds = self.factor * rates
+        return odds / (1 - rates + odds)
+
+    def learn(self, right: float, expected: float, turns: float) -> None:
+        """So many nodes were right of those that had their turn, so many were expected to be."""
         self.right += right
         self.expected += expected
+        self.turns += turns
 
     def fade(self) -> None:
         """A step went by."""
         self.right *= REQUEST_MEMORY
         self.expected *= REQUEST_MEMORY
+        self.turns *= REQUEST_MEMORY

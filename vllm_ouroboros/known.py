@@ -13,7 +13,7 @@ FORGET = 0.98  # what a step leaves of the steps before it, in counts
 STALE = 20  # steps after which an observation counts twice
 PROMISES = np.array([0.3, 0.8, 1.6, 3.2])
 """Bounds between classes of steps: the tokens that a tree without the draft model promises. What
-that model adds is known for each class apart, for where phrases do well it adds little."""
+that model spares is known for each class apart: little where phrases do well."""
 
 
 @dataclass
@@ -22,7 +22,8 @@ class Manner:
 
     Attributes:
         estimates: of the nodes of their trees.
-        worth: float64 [classes], tokens that drafting adds to a step.
+        worth: float64 [classes], what drafting spares a request in a step, as the
+            tokens that the batch makes in that time.
         seen: float64 [classes], steps of each class, of late.
         steps: that a request takes.
     """
@@ -40,8 +41,8 @@ class Known:
     Attributes:
         manner: of those that it is like as long as little is known of itself.
         leaning: how its nodes differ from theirs.
-        worth: float64 [classes], tokens that drafting adds to its step, what they cost in rows
-            taken off.
+        worth: float64 [classes], what drafting spares it, as the tokens that the batch makes in
+            that time.
         promise: class of its step.
         since: steps since a worth was seen.
         steps: that it has taken.
@@ -70,7 +71,7 @@ class Known:
         self.manner.steps += SMOOTH * (self.steps - self.manner.steps)
 
     def expect(self, promised: float) -> float:
-        """Its tree promises so many tokens without the draft model; how many that would add."""
+        """Its tree promises so many tokens without the draft model; what that would spare."""
         self.promise = int(np.searchsorted(PROMISES, promised))
         self.manner.seen *= FORGET
         self.manner.seen[self.promise] += 1
@@ -78,11 +79,11 @@ class Known:
 
     @property
     def usual(self) -> float:
-        """Tokens that drafting adds to a step as they come."""
+        """What drafting spares in a step as they come, in tokens."""
         return float(np.average(self.worth, weights=self.manner.seen))
 
     def compare(self, worth: float, share: float) -> None:
-        """Drafting added so many tokens to this step; the request is a ``share`` of its batch."""
+        """Drafting spared the time of so many tokens; the request is a ``share`` of its batch."""
         at, shared = self.promise, self.manner.worth
         weight = min(0.5, SMOOTH * (1 + self.since / STALE))
         self.worth[at] += weight * (worth - self.worth[at])

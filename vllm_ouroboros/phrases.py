@@ -21,11 +21,11 @@ import numpy as np
 from numba import njit
 
 WAYS = 8
-CONTEXTS = (1, 2, 4, 8)
+CONTEXTS = (1, 2, 4, 8, 24)
 """Tokens in a row that a key may stand for."""
 FIRST_HASH = 2**31
 """Keys below are tokens, those from here to 2^32 stand for several in a row."""
-_HASH_BITS = 29  # what is left of a key behind the number of its context
+_HASH_BITS = 28  # what is left of a key behind the number of its context
 
 
 class PhraseSource(IntEnum):
@@ -172,7 +172,7 @@ def context_of(key):
     """Number of the context of a key, its scope above it or not."""
     if key & FIRST_HASH == 0:
         return 0
-    return (key >> _HASH_BITS) & 3
+    return (key >> _HASH_BITS) & 7
 
 
 @njit(cache=True)

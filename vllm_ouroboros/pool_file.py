@@ -32,7 +32,7 @@ from numba import njit
 from vllm_ouroboros.phrases import FIRST_HASH, PhrasePool, PhraseSource, PoolArrays, insert
 
 FORMAT = "vllm-ouroboros phrase pool"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
 
 # key [m] (a token, or below zero what stands for several), length [m] and `PhraseSource` [m] of m

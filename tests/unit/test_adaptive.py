@@ -20,6 +20,7 @@ from vllm_ouroboros.estimates import (
     GRADES,
     KINDS,
     PRIOR,
+    SUREST,
     Estimates,
     Evidence,
     Leaning,
@@ -166,11 +167,43 @@ def test_rates_come_to_what_happens_and_requests_differ() -> None:
     assert estimates.rates(Leaning())[SURE] == pytest.approx(0.25, abs=0.05)
     assert estimates.grades()[SURE // len(Evidence)] == pytest.approx(0.25, abs=0.05)
     assert estimates.rates(good)[SURE] > 2 * estimates.rates(bad)[SURE]
-    assert (estimates.rates(good) <= 0.99).all()
+    assert (estimates.rates(good) <= SUREST).all()
     before = leaning.factor, estimates.right.sum()
     estimates.learn(tree, text(1), None)  # of a tree that was not verified
     assert leaning.factor == before[0]
     assert estimates.right.sum() == before[1] + 1
+
+
+def test_a_request_as_good_as_others_has_their_rates() -> None:
+    """And one that is better misses less, but what is all but certain has little to gain."""
+    usual, better = Leaning(10, 10, 20), Leaning(20, 10, 20)
+    rates = np.array([0.0, 0.3, 0.97, 1.0])
+    np.testing.assert_allclose(usual.of(rates), rates)
+    assert (better.of(rates)[1:3] > rates[1:3]).all()
+    assert better.of(rates)[1] / rates[1] > 1.5 > 1.03 > better.of(rates)[2] / rates[2]
+    np.testing.assert_allclose(better.of(rates)[[0, 3]], [0, 1])
+    np.testing.assert_allclose(1 - Leaning(0, 10, 20).of(1 - rates), better.of(rates))
+
+
+@pytest.mark.parametrize(
+    "written, alone, saved",
+    [
+        ((9,), 0, 0.0),
+        ((1, 9), 0, 1.0),
+        ((1, 9), 1, 0.0),
+        ((1, 9), 2, -1.0),  # the draft model led astray
+        ((1, 2, 3, 9), 0, 2.0),
+        ((1, 2, 3, 9), 1, 2.0),  # they lacked it after all
+        ((1, 2, 3, 9), 2, 1.0),
+    ],
+)
+def test_a_draft_saves_a_step_for_each_token_that_phrases_would_have_lacked(
+    written, alone, saved
+) -> None:
+    """Of tokens 1, 2 and 3 phrases know the second; it would have come with the next step."""
+    estimates, known = Estimates(), SURE + int(Evidence.SOLE_24)
+    tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE, known, SURE])
+    assert estimates.steps_saved(tree, text(*written), alone) == pytest.approx(saved, abs=0.03)
 
 
 def test_what_is_not_seen_again_is_tried_again() -> None:
