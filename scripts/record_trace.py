@@ -76,7 +76,7 @@ def main(
         shape = (limit, random_tokens)
         ids = np.random.default_rng(0).integers(0, len(tokenizer), shape).tolist()
     elif prompts is not None:
-        ids = [tokenizer.encode(text.rstrip("\n")) for text in read_prompts(prompts)[:limit]]
+        ids = [tokenizer.encode(text) for text in read_prompts(prompts)[:limit]]
     else:
         raise typer.BadParameter("give --prompts FILE, or --random-tokens N")
     engine = {"dtype": dtype, "max_model_len": 2048, "enforce_eager": True}

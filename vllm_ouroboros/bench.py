@@ -123,7 +123,7 @@ class Bench:
             for one in differences(cell, vanilla):
                 if vanilla is None or one["unit"] != "token" or None in one.values():
                     continue  # texts of a server, or one output is the beginning of the other
-                tokens = next(iter(vanilla.runs.values())).outputs[one["prompt"]]
+                tokens = vanilla.answers[one["prompt"]]
                 place = Place(
                     self.plan.prompts[one["prompt"]], tuple(tokens[: one["at"]]),
                     one["found"], one["vanilla"],

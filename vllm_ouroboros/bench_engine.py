@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -135,23 +135,23 @@ class Engine:
         self.warm: set[int] = set()
         self.facts = {"dtype": str(config.dtype).removeprefix("torch."), "max_model_len": length}
 
-    def run(self, run: RunSpec, done: Any) -> RunResult:
+    def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
         """Warm up if this batch size is new, put the pool into its state, then measure."""
         self._check(run.prompts + run.others)
         if run.batch not in self.warm:
-            self._generate(warm_up_prompts(run.batch), WARM_UP_TOKENS)
+            self._serve(warm_up_prompts(run.batch), run.batch, WARM_UP_TOKENS)
             self.warm.add(run.batch)
         if self.ours:
             import vllm_ouroboros
 
             vllm_ouroboros.reset_pool(self.llm)
         if run.pool == "warm":
-            self._generate(run.others, run.max_tokens, run.ignore_eos)
+            self._serve(run.others, len(run.others), run.max_tokens, run.ignore_eos)
         before = self._counters()
         groups, outputs = [], []
         for part in [run.prompts] if run.batch > 1 else [(prompt,) for prompt in run.prompts]:
             start = time.perf_counter()
-            found = self._serve(part, run, done)
+            found = self._serve(part, run.batch, run.max_tokens, run.ignore_eos, done)
             seconds = time.perf_counter() - start
             groups.append((sum(len(o.outputs[0].token_ids) for o in found), seconds))
             outputs += found
@@ -177,19 +177,26 @@ class Engine:
             return None
         return float(said[place.vanilla].logprob - said[place.found].logprob)
 
-    def _serve(self, prompts: Sequence[str], run: RunSpec, done: Any) -> list[Any]:
-        """Outputs of the prompts, with as many of them under way as the run wants."""
+    def _serve(
+        self,
+        prompts: Sequence[str],
+        batch: int,
+        max_tokens: int,
+        ignore_eos: bool = False,
+        done: Callable[[int], object] = lambda ended: None,
+    ) -> list[Any]:
+        """Outputs of the prompts, ``batch`` of them under way at a time."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, waiting = self.llm.llm_engine, [*enumerate(prompts)][::-1]
         found: dict[int, Any] = {}
         params = SamplingParams(
-            temperature=0.0, max_tokens=run.max_tokens, ignore_eos=run.ignore_eos,
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         while len(found) < len(prompts):
-            while waiting and len(prompts) - len(waiting) - len(found) < run.batch:
+            while waiting and len(prompts) - len(waiting) - len(found) < batch:
                 number, prompt = waiting.pop()
                 engine.add_request(f"{number}", prompt, params)
             ended = [output for output in engine.step() if output.finished]
@@ -197,14 +204,6 @@ class Engine:
             if ended:
                 done(len(ended))
         return [found[number] for number in range(len(prompts))]
-
-    def _generate(
-        self, prompts: Sequence[str], max_tokens: int, ignore_eos: bool = False
-    ) -> list[Any]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
-        return self.llm.generate(list(prompts), params, use_tqdm=False) if prompts else []
 
     def _check(self, prompts: Sequence[str]) -> None:
         tokenizer = self.llm.get_tokenizer()

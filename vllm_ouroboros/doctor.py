@@ -106,14 +106,13 @@ def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any
 
 def plugin_state() -> tuple[str, list[str]]:
     """Whether vLLM will find and load the plugin: one line, and problems."""
+    from vllm_ouroboros import compat
+
     found: list[EntryPoint] = [e for e in entry_points(group=GROUP) if e.name == NAME]
     if not found:
         return "not found", [f"no entry point {NAME!r} in the group {GROUP}: reinstall the package"]
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and NAME not in allowed.split(","):
-        return "filtered by VLLM_PLUGINS", [
-            f"VLLM_PLUGINS = {allowed!r} keeps the plugin from loading: add {NAME}"
-        ]
+    if problems := compat.check_filter():
+        return "filtered by VLLM_PLUGINS", problems
     problems = _guarded(f"the plugin {found[0].value}", lambda: found[0].load() and [])
     return "found, does not load" if problems else f"found ({found[0].value})", problems
 

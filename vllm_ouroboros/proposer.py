@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
+from vllm_ouroboros import step_trees
 from vllm_ouroboros.adaptive import Policy, Step
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.counters import Counters, StepClock
@@ -17,13 +17,12 @@ from vllm_ouroboros.draft_cache import Behind
 from vllm_ouroboros.draft_model import DraftModel
 from vllm_ouroboros.draft_rounds import DraftRounds
 from vllm_ouroboros.drafting import Drafting, warm_up
-from vllm_ouroboros.idle_save import IdleSave
-from vllm_ouroboros.live_requests import LiveRequests
+from vllm_ouroboros.kept import Kept
+from vllm_ouroboros.live_requests import LiveRequests, Request
 from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource
-from vllm_ouroboros.pool_file import PoolFile, tokenizer_hash
 from vllm_ouroboros.sampler import Verified
+from vllm_ouroboros.step_trees import Drafted
 from vllm_ouroboros.token_sampler import Sampled, TokenSampler, stateless
-from vllm_ouroboros.tree import DraftTree
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,15 +30,6 @@ if TYPE_CHECKING:
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
-
-
-class Plan(NamedTuple):
-    """What phrases alone would make of a step, before the draft model is asked."""
-
-    rates: np.ndarray  # float64 [R, KINDS]
-    least: float  # probability below which no node is worth a look
-    trees: list[DraftTree]
-    probabilities: list[np.ndarray]  # float64 of the nodes of each tree
 
 
 class OuroborosProposer:
@@ -89,7 +79,7 @@ class OuroborosProposer:
                 self.draft, self.drafting, scheduler.max_num_batched_tokens,
                 self.counters, self.clock,
             )  # fmt: skip
-        self.pool_file: PoolFile | None = None
+        self.kept: Kept | None = None  # with a `pool_path`, once the model is loaded
         self.policy: Policy | None = None  # with `adaptive`, once costs are measured
         self.forward_seconds = 0.0  # of the target's last forward
         self._runner: GPUModelRunner | None = None
@@ -139,17 +129,8 @@ class OuroborosProposer:
             self.draft.load()
         warm_up()
         if self.config.pool_path is not None:
-            # without a tokenizer the model's name stands for it
-            vocab = {model.model: 0}
-            if not model.skip_tokenizer_init:
-                vocab = cached_tokenizer_from_config(model).get_vocab()
-            self.pool_file = PoolFile(
-                self.config.pool_path,
-                vocab_size=model.get_vocab_size(),
-                tokenizer_hash=tokenizer_hash(vocab),
-            )
-            self.pool_file.load(self.drafting.pool)
-            self.requests.idle_save = IdleSave(self._save)
+            self.kept = Kept(self.drafting.pool, self.config.pool_path, model)
+            self.requests.idle_save = self.kept.idle_save
 
     def _observe(
         self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
@@ -205,14 +186,16 @@ class OuroborosProposer:
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._end_step(sampled_token_ids)
-            if self.pool_file is not None and self.pool_file.due():
-                self.pool_file.save_in_background(self.drafting.pool)
+            if self.kept is not None:
+                self.kept.save_if_due()
         self.clock.end_step(len(drafts))
         return drafts
 
     def adapt(self, policy: Policy) -> None:
         """Let a policy decide from now on."""
         self.policy = policy
+        if self.kept is not None:
+            self.kept.costs = policy.costs
         self.requests.on_release = policy.forget
         if self.rounds is not None:
             self.rounds.policy = policy
@@ -233,7 +216,8 @@ class OuroborosProposer:
     ) -> list[list[int]]:
         runner, batch = self.runner, self.runner.input_batch
         prompts: list[Behind] = []
-        slots, rows = [], []
+        found: list[Request] = []
+        rows: list[int] = []
         sampled: dict[int, Sampled] = {}
         for row, emitted in enumerate(sampled_token_ids):
             req_id = batch.req_ids[row]
@@ -252,84 +236,33 @@ class OuroborosProposer:
             if request.speculates and limit > 0 and emitted[-1] not in request.sampled.stops:
                 capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
                 self.drafting.start(slot, length, limit, capacity, request.narrow)
-                slots.append(slot)
+                found.append(request)
                 rows.append(row)
                 if self.policy is not None:
                     self.policy.meet(slot, request.sampled.plain)
                 if self.rounds is not None and not request.sampled.plain:
                     sampled[slot] = request.sampled.ahead()
-        slot_array, row_array = np.array(slots, np.int64), np.array(rows, np.int64)
-        plan, promised = None, np.zeros(len(slots))
+        drafted = Drafted.of(found, rows, token_ids_cpu, len(sampled_token_ids))
+        plan, promised = None, np.zeros(len(rows))
         if self.policy is not None:
             with self.clock.phase("build"):
-                size = len(sampled_token_ids)
-                plan = self._plan(self.policy, slot_array, row_array, token_ids_cpu, size)
-                worth = self.policy.row_worth(size)
-                promised = np.array([p[p > worth].sum() for p in plan.probabilities])
+                plan = step_trees.plan(self.drafting, self.policy, drafted)
+                promised = plan.promised
         if self.rounds is not None:
             self.rounds.run(
-                runner, prompts, slot_array, row_array, token_ids_cpu, sampled, promised
+                runner, prompts, drafted.slots, drafted.rows, token_ids_cpu, sampled, promised
             )
         with self.clock.phase("build"):
-            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             if self.policy is not None and plan is not None:
-                trees = self._best_trees(
-                    self.policy, plan, slot_array, row_array, token_ids_cpu, len(drafts)
-                )
+                trees = step_trees.best(self.drafting, self.policy, plan, drafted)
             else:
-                trees = self._whole_trees(slot_array, row_array, token_ids_cpu, len(drafts))
-            for row, tree in zip(rows, trees, strict=True):
-                self.requests[batch.req_ids[row]].tree = tree
+                nodes = runner.nodes_wanted(drafted.size)
+                trees = step_trees.whole(self.drafting, drafted, nodes, self.budget)
+            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            for request, row, tree in zip(found, rows, trees, strict=True):
+                request.tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts
-
-    def _whole_trees(
-        self, slots: np.ndarray, rows: np.ndarray, token_ids: np.ndarray, requests: int
-    ) -> list[DraftTree]:
-        """Trees as large as they may be, and alike if a graph wants that."""
-        state = self.drafting.state
-        self.drafting.build(slots, rows, token_ids)
-        alike = len(slots) == requests and not state.narrow[slots].any()
-        alike = alike and bool((state.limit[slots] == self.budget).all())
-        wanted = self.runner.nodes_wanted(requests) if alike else 0
-        return [self.drafting.tree(slot).padded(wanted) for slot in slots.tolist()]
-
-    def _plan(
-        self,
-        policy: Policy,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        token_ids: np.ndarray,
-        requests: int,
-    ) -> Plan:
-        """Trees of phrases alone, in a batch of so many requests."""
-        rates, least = policy.rates(slots.tolist()), policy.least(requests)
-        trees, probabilities = self.drafting.grow(slots, rows, token_ids, rates, least, alone=True)
-        return Plan(rates, least, trees, probabilities)
-
-    def _best_trees(
-        self,
-        policy: Policy,
-        plan: Plan,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        token_ids: np.ndarray,
-        requests: int,
-    ) -> list[DraftTree]:
-        """Trees of those nodes that are worth their rows; the plan's where nothing was drafted."""
-        trees, probabilities = [*plan.trees], [*plan.probabilities]
-        found = [self.requests[self.runner.input_batch.req_ids[row]] for row in rows.tolist()]
-        drafted, worth = self.drafting.state.chain_len[slots] > 0, policy.row_worth(requests)
-        with_draft = self.drafting.grow(
-            slots[drafted], rows[drafted], token_ids, plan.rates[drafted], plan.least
-        )
-        for i, tree, p in zip(np.flatnonzero(drafted).tolist(), *with_draft, strict=True):
-            found[i].alone = trees[i].prefix(int((probabilities[i] > worth).sum()))
-            trees[i], probabilities[i] = tree, p
-        for request, tree in zip(found, trees, strict=True):
-            request.grown = tree
-        sizes = policy.sizes(probabilities, requests)
-        return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 
     def _computed(self, req_id: str, row: int) -> int:
         """Tokens of a request that the target has in its KV cache after this step."""
@@ -343,24 +276,8 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
-        if self.pool_file is not None:
-            if self.requests.idle_save is not None:
-                self.requests.idle_save.busy()
-            self.pool_file.close(self.drafting.pool)
-            self._save_costs()
-
-    def _save(self) -> None:
-        """Save it while the engine is idle."""
-        assert self.pool_file is not None
-        self.pool_file.save_in_background(self.drafting.pool)
-        self._save_costs()
-
-    def _save_costs(self) -> None:
-        if self.policy is not None:
-            try:
-                self.policy.costs.save(str(self.config.pool_path))
-            except OSError as error:
-                logger.warning("The costs of this engine are not saved: %s", error)
+        if self.kept is not None:
+            self.kept.close()
 
     def reset_pool(self) -> None:
         """Forget all phrases; those in the file stay until the next save of new ones."""

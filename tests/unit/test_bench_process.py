@@ -165,6 +165,7 @@ class FakeLLM:
             vllm_config=config, add_request=self.add_request, step=self.step
         )
         self.live: list[tuple[str, str]] = []
+        self.asked: list[int] = []  # most tokens, of each request
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(encode=list)
@@ -187,6 +188,7 @@ class FakeLLM:
 
     def add_request(self, request_id: str, prompt: str, params: Any) -> None:
         self.live.append((request_id, prompt))
+        self.asked.append(params.max_tokens)
         self.past_the_end = params.ignore_eos
         self.drafts += 1
 
@@ -229,11 +231,12 @@ def test_a_run_of_our_engine() -> None:
     run = RunSpec(("a", "b", "c"), 2, 8, "warm", ("x",))
     result = engine.run(run, done.append)
     # a warm-up that teaches nothing, an empty pool, other prompts, then what is measured
-    assert llm.log[0] == (bench_engine.warm_up_prompts(2), bench_engine.WARM_UP_TOKENS)
-    assert llm.log[1:] == [
-        "ouroboros_reset_pool", (["x"], 8), "ouroboros_stats",
+    first, second = bench_engine.warm_up_prompts(2)
+    assert llm.log == [
+        [first, second], [first], "ouroboros_reset_pool", ["x"], "ouroboros_stats",
         ["a", "b"], ["a", "c"], ["a"], "ouroboros_stats", "ouroboros_costs",
     ]  # fmt: skip
+    assert llm.asked == [bench_engine.WARM_UP_TOKENS] * 2 + [8] * 4
     assert done == [1, 1, 1]
     assert [tokens for tokens, _ in result.groups] == [9]
     assert result.outputs == [[97, 1, 2], [98, 1, 2], [99, 1, 2]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,97 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vllm_ouroboros.phrases import (
-    CONTEXTS,
-    FIRST_HASH,
-    WAYS,
-    PhrasePool,
-    PhraseSource,
-    Scopes,
-    _first_slot,
-    context_of,
-    insert,
-    insert_text,
-    key_of,
-)
+from vllm_ouroboros.phrases import WAYS, PhrasePool, PhraseSource, _first_slot, insert, insert_text
 
-
-class Oracle:
-    """What a pool must hold, in dicts and lists.
-
-    The assignment of keys to sets is taken from the code (any fixed one is right); which key a
-    full set gives up, and what stands in a slot in which order, is not.
-    """
-
-    def __init__(self, slots: int, guesses: int, beta: int) -> None:
-        self.slots, self.guesses, self.beta = slots, guesses, beta
-        self.sets: dict[int, OrderedDict[tuple[int, int], list[tuple[tuple[int, ...], int]]]] = {}
-        self.inserted = Counter()
-
-    def set_of(self, scope: int, token: int) -> OrderedDict:
-        first = int(_first_slot(self.slots, (scope << 32) | token))
-        assert first % WAYS == 0
-        assert 0 <= first < self.slots
-        return self.sets.setdefault(first, OrderedDict())
-
-    def insert(self, scope, token, phrase, source) -> None:
-        phrase = tuple(phrase)[: self.beta]
-        if not phrase:
-            return
-        keys = self.set_of(scope, token)
-        if (scope, token) not in keys and len(keys) == WAYS:
-            keys.popitem(last=False)  # the key that was used longest ago
-        phrases = keys.setdefault((scope, token), [])
-        keys.move_to_end((scope, token))
-        same = next((old for old in phrases if agree(old[0], phrase)), None)
-        trusted = [old for old in phrases if old[1] != PhraseSource.WINDOW]
-        guess = source == PhraseSource.WINDOW
-        if guess and (same in trusted or len(trusted) == self.guesses):
-            return  # a guess moves nothing that is better than a guess
-        if same is not None:
-            phrases.remove(same)
-            phrase = max(same[0], phrase, key=len)
-        phrases.insert(len(trusted) if guess else 0, (phrase, source))
-        del phrases[self.guesses :]
-        self.inserted[source] += 1
-
-    def lookup(self, scope, token) -> list[tuple[int, ...]]:
-        keys = self.set_of(scope, token)
-        if (scope, token) not in keys:
-            return []
-        keys.move_to_end((scope, token))
-        return [phrase for phrase, _ in keys[scope, token]]
-
-    def held(self) -> dict[tuple[int, int], list[tuple[int, ...]]]:
-        return {
-            key: [phrase for phrase, _ in phrases]
-            for keys in self.sets.values()
-            for key, phrases in keys.items()
-        }
-
-
-def agree(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether one is the beginning of the other."""
-    return a[: len(b)] == b[: len(a)]
-
-
-def contents(pool: PhrasePool) -> dict[tuple[int, int], list[tuple[int, ...]]]:
-    """All keys of a pool with their phrases, read from its arrays (a lookup would count as use)."""
-    a = pool.arrays
-    found = {}
-    for slot in np.nonzero(a.keys >= 0)[0]:
-        key = (int(a.keys[slot] >> 32), int(a.keys[slot] & 0xFFFFFFFF))
-        assert key not in found, "a key stands in two slots"
-        found[key] = [
-            tuple(a.tokens[slot, g, : a.lengths[slot, g]].tolist()) for g in range(a.counts[slot])
-        ]
-    return found
-
-
-TOKENS = st.integers(0, 30)
-SCOPES = st.integers(0, 2)
-PHRASES = st.lists(st.integers(0, 2), max_size=6)  # a small alphabet, so that prefixes collide
-SOURCES = st.sampled_from(PhraseSource)
+from .phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -254,84 +166,6 @@ def test_scopes_never_mix(a, b) -> None:
     assert all(not alone.lookup(token, scope) for token in range(31) for scope in (0, scope_b))
 
 
-def test_large_token_ids_and_scopes_are_distinct_keys() -> None:
-    pool = PhrasePool(4096, 2, 2)
-    keys = [(s, t) for s in (0, 1, 2**31 - 2) for t in (0, 1, 2**31 - 1)]
-    for i, (scope, token) in enumerate(keys):
-        pool.insert(token, [i], PhraseSource.PROMPT, scope)
-    assert [pool.lookup(t, s) for s, t in keys] == [[(i,)] for i in range(len(keys))]
-
-
-@given(
-    text=st.lists(st.integers(0, 5), max_size=40),
-    beta=st.integers(1, 6),
-    cuts=st.lists(st.integers(0, 40), max_size=6),
-    contexts=st.integers(1, len(CONTEXTS)),
-)
-@settings(max_examples=150, deadline=None)
-def test_a_text_fed_in_pieces_gives_the_phrases_of_the_whole(text, beta, cuts, contexts) -> None:
-    """With room for all phrases, feeding piece by piece ends in the same phrases."""
-    tokens, source = np.array(text, np.int32), int(PhraseSource.PROMPT)
-    whole, pieces = PhrasePool(1024, 64, beta), PhrasePool(1024, 64, beta)
-    insert_text(whole.arrays, 0, tokens, 0, len(text), source, contexts)
-    start = 0
-    for end in [*sorted(c for c in cuts if c < len(text)), len(text)]:
-        resumed = insert_text(pieces.arrays, 0, tokens, start, end, source, contexts)
-        assert start <= resumed
-        assert resumed <= max(end, start)
-        # a key at or after the point where the next call starts is one whose phrase is cut short
-        assert resumed == max(start, end - beta)
-        start = resumed
-    expected = {key: sorted(phrases) for key, phrases in contents(whole).items()}
-    assert {key: sorted(phrases) for key, phrases in contents(pieces).items()} == expected
-    for i in range(len(text) - beta):
-        phrase = tuple(text[i + 1 : i + 1 + beta])
-        for context in range(contexts):
-            if i + 1 >= CONTEXTS[context]:
-                assert phrase in expected[0, key_of(tokens, i + 1, context)]
-    assert all(context_of(key) < contexts for _, key in expected)
-
-
-IDS = st.one_of(st.integers(0, 40), st.integers(0, 2**31 - 1))
-
-
-def key(*tokens: int) -> int:
-    """Key of tokens in a row, as many as a context has."""
-    return key_of(np.array(tokens, np.int32), len(tokens), CONTEXTS.index(len(tokens)))
-
-
-@given(text=st.lists(IDS, min_size=CONTEXTS[-1], max_size=30), scope=st.integers(0, 2**31 - 1))
-@settings(max_examples=100, deadline=None)
-def test_tokens_in_a_row_have_a_key_that_no_token_has(text, scope) -> None:
-    for context, length in enumerate(CONTEXTS):
-        found = key(*text[-length:])
-        assert found == key_of(np.array(text, np.int32), len(text), context)
-        assert FIRST_HASH <= found < 2**32 if context else found == text[-1]
-        assert context_of(found) == context_of(scope << 32 | found) == context
-
-
-@pytest.mark.parametrize("length", CONTEXTS[1:])
-def test_neighbours_have_keys_of_their_own(length) -> None:
-    """In any order of the tokens; a few of many may share one."""
-    rest = [7] * (length - 2)
-    keys = {key(*rest, before, token) for before in range(100) for token in range(100)}
-    keys |= {key(before, *rest, token) for before in range(100) for token in range(100)}
-    assert len(keys) > (9_990 if length == 2 else 19_880)  # 100 are the same in both
-
-
-def test_a_text_is_found_by_one_token_and_by_several() -> None:
-    pool, text = PhrasePool(512, 3, 2), np.array([1, 2, 3, 9, 2, 4, 5], np.int32)
-    insert_text(pool.arrays, 7, text, 0, len(text), int(PhraseSource.HISTORY), 3)
-    assert pool.lookup(2, 7) == [(4, 5), (3, 9)]
-    assert pool.lookup(key(1, 2), 7) == [(3, 9)]
-    assert pool.lookup(key(9, 2), 7) == [(4, 5)]
-    assert pool.lookup(key(1, 2, 3, 9), 7) == [(2, 4)]
-    assert pool.lookup(key(2, 1), 7) == []
-    assert pool.lookup(key(4, 5), 7) == [], "nothing follows"
-    assert pool.lookup(key(1, 2)) == [], "another scope"
-    assert pool.inserted()["history"] == 6 + 5 + 3
-
-
 def test_feeding_one_token_at_a_time_costs_beta_insertions_a_token() -> None:
     """The resume point bounds the work: no call goes over old text again."""
     pool, beta = PhrasePool(64, 4, 3), 3
@@ -368,52 +202,3 @@ def test_hits_count_lookups_that_found_a_phrase() -> None:
     pool.clear()
     assert pool.lookup(5) == []
     assert pool.arrays.hits.tolist() == [3, 1]
-
-
-# -- scopes ----------------------------------------------------------------------------------------
-
-
-NAMES = st.one_of(st.none(), st.integers(0, 6), st.tuples(st.text(max_size=1), st.none()))
-
-
-@given(asked=st.lists(st.one_of(st.just("new"), NAMES.map(lambda name: [name]))))
-@settings(max_examples=100, deadline=None)
-def test_a_name_keeps_its_number_and_nobody_else_gets_it(asked) -> None:
-    scopes = Scopes(PhrasePool(8, 1, 1))
-    names: dict = {}
-    taken = {0}
-    for one in asked:
-        number = scopes.new() if one == "new" else scopes.of(one[0])
-        if one != "new" and one[0] in names:
-            assert number == names[one[0]]
-            continue
-        assert number not in taken
-        assert 0 < number <= Scopes.LAST
-        taken.add(number)
-        if one != "new":
-            names[one[0]] = number
-
-
-def test_who_was_not_seen_for_longest_is_forgotten() -> None:
-    scopes = Scopes(PhrasePool(8, 1, 1), names=3)
-    first = {name: scopes.of(name) for name in "abc"}
-    assert scopes.of("a") == first["a"]
-    scopes.of("d")  # takes the place of b
-    assert {name: scopes.of(name) for name in "ac"} == {name: first[name] for name in "ac"}
-    assert scopes.of("b") not in first.values()
-
-
-def test_when_numbers_run_out_the_pool_starts_again() -> None:
-    """What stands under a number is never another one's: all phrases go before the first reuse."""
-    pool = PhrasePool(64, 2, 2)
-    scopes = Scopes(pool)
-    one = scopes.of("one")
-    scopes._next = Scopes.LAST
-    last = scopes.of("last")
-    for scope in (0, one, last):
-        pool.insert(5, [6], PhraseSource.PROMPT, scope)
-    assert pool.lookup(5, last) == [(6,)]
-    again = scopes.of("another")
-    assert (one, last, again) == (1, 2**31 - 1, 1)
-    assert len(pool) == 0
-    assert scopes.of("one") == 2, "its number is another one's now"

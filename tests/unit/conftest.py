@@ -1,0 +1,63 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vllm_ouroboros import pool_file
+
+
+class Log(logging.Handler):
+    """Records of the module's logger, whether or not vLLM has configured it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [r.getMessage() for r in self.records if r.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def log():
+    """What the module of pool files logs."""
+    handler, level = Log(), pool_file.logger.level
+    pool_file.logger.setLevel(logging.INFO)
+    pool_file.logger.addHandler(handler)
+    yield handler
+    pool_file.logger.removeHandler(handler)
+    pool_file.logger.setLevel(level)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """Of a pool's file that is not there yet."""
+    return tmp_path / "pool.safetensors"
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    """vLLM's current configuration, with the shipped target as its model."""
+    from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+
+    config = VllmConfig()
+    pair = Path(pool_file.__file__).parent / "assets" / "tiny-code"
+    config.model_config = ModelConfig(model=str(pair / "target"))
+    with set_current_vllm_config(config):
+        yield  # not the config: hypothesis prints its arguments, and a bare config has no repr
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder that looks like a model's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return str(folder)

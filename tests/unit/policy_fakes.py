@@ -1,0 +1,25 @@
+"""Trees, texts and cost curves for tests of the policy and what it stands on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ouroboros.costs import SIZES, Curve
+from vllm_ouroboros.estimates import ALONE, GRADES, Evidence, kind_of
+from vllm_ouroboros.tree import DraftTree, NodeSource
+
+SURE = kind_of(GRADES - 4, Evidence.NONE)
+ALONE_NEW = kind_of(ALONE, Evidence.NEW)
+
+
+def tree_of(tokens: list[int], parents: list[int], kinds: list[int]) -> DraftTree:
+    sources = np.full(len(tokens), NodeSource.DRAFT, np.int32)
+    return DraftTree(*(np.array(c, np.int32) for c in (tokens, parents)), sources, np.array(kinds))
+
+
+def text(*tokens: int) -> np.ndarray:
+    return np.array(tokens, np.int32)
+
+
+def curve(fixed: float, row: float) -> Curve:
+    return Curve(SIZES, [fixed + row * n for n in SIZES])

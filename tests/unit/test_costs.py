@@ -1,0 +1,74 @@
+"""What forwards cost: curves, their measurement and what is learned online."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vllm_ouroboros.costs import Costs, Curve, measure, read_costs
+
+from .policy_fakes import curve
+
+
+def test_a_curve_interpolates_never_falls_and_goes_on() -> None:
+    one = Curve([1, 2, 4, 8], [4.0, 3.0, 6.0, 8.0])
+    assert [one.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 3, 3, 4.5, 6, 7, 8, 9]
+    assert one.table(10).tolist() == [one.at(n) for n in range(11)]
+    assert one.table(100)[100] == one.at(100)
+    assert Curve([1], [2.0]).at(3) == 6
+
+
+def test_measurement_takes_the_fastest_of_some_runs() -> None:
+    now, runs = [0.0], []
+
+    def run(rows: int) -> None:
+        runs.append(rows)
+        now[0] += rows * (1 if runs.count(rows) == 3 else 5) * scale
+
+    scale = 2**-10
+    found = measure(run, 20, clock=lambda: now[0])
+    assert list(found.sizes) == [1, 2, 4, 8, 16]
+    assert found.seconds == [n * scale for n in (1, 2, 4, 8, 16)]
+    runs.clear()
+    scale = 2.0  # a slow model: what was measured goes on as a line
+    found = measure(run, 1000, clock=lambda: now[0])
+    assert list(found.sizes) == [1, 2]
+    assert found.at(8) > found.at(4) > found.at(2)
+
+
+def test_costs_follow_what_is_seen() -> None:
+    one = curve(1.0, 0.0)
+    for _ in range(200):
+        one.observe(8, 2.0)
+    assert one.at(8) == pytest.approx(2.0, rel=0.01)
+    for _ in range(400):  # eight rows have become dear, one has not
+        one.observe(8, 4.0)
+        one.observe(1, 1.0)
+    assert one.at(1) == pytest.approx(1.0, rel=0.1)
+    assert one.at(8) == pytest.approx(4.0, rel=0.1)
+    assert one.table(8)[8] == pytest.approx(one.at(8))
+    before = one.factor
+    one.observe(8, 1e9)  # a machine that slept
+    assert one.factor < 1.2 * before
+    one.observe(0, 5.0)
+    costs = Costs(curve(1.0, 0.0), None)
+    costs.observe_overhead(0.5)
+    assert costs.overhead == 0.5
+    costs.observe_overhead(1e9)
+    assert costs.overhead < 0.6
+    costs.observe_round(8, 0.2, 0.3)
+    assert (costs.planning, costs.round(8)) == (pytest.approx(0.1), pytest.approx(0.1))
+    shown = costs.as_dict()
+    assert shown["target"]["1"] == 1000
+    assert "draft" not in shown
+
+
+def test_costs_are_saved_beside_the_pool(tmp_path) -> None:
+    costs = Costs(curve(1.0, 0.5), curve(0.1, 0.0), overhead=0.25)
+    path = costs.save(f"{tmp_path}/pool")
+    assert read_costs(path) == json.loads(json.dumps(costs.as_dict()))
+    assert [p.name for p in tmp_path.iterdir()] == ["pool.costs.json"]
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="no costs"):
+        read_costs(path)

@@ -1,0 +1,115 @@
+"""The demo: its prompts and models, and what it says of the outcome."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from vllm_ouroboros import demo
+from vllm_ouroboros.demo_engine import EngineResult, Generation
+from vllm_ouroboros.demo_report import Comparison
+
+from .cli_fakes import invoke, job
+
+
+def test_models_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    assert job(model=model).draft_model is None
+    assert job(model=model, draft_model="none").draft_model is None
+    assert job(model=model, draft_model="owner/name").draft_model == "owner/name"
+    assert job(model=model, draft_model=model).draft_model == model
+    monkeypatch.chdir(Path(model).parent)
+    assert job(model="model").model == model
+    monkeypatch.setattr(demo, "TARGET", Path(model))
+    monkeypatch.setattr(demo, "DRAFT", Path(model))
+    assert job().draft_model == model
+    assert job(draft_model="none").engine(ouroboros=True).ouroboros == {"draft_model": None}
+    assert job().engine(ouroboros=False).ouroboros is None
+
+
+def test_prompts_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "a", "prompt": "def a():"}\n\n{"id": "b", "prompt": "def b():\\n"}\n')
+    monkeypatch.setattr(demo, "PROMPTS", file)
+    assert job(model=model, prompts=None).prompts == (("a", "def a():"), ("b", "def b():\n"))
+    assert job(model=model, prompts=["x\n", "y"]).prompts == (
+        ("prompt 1", "x\n"),
+        ("prompt 2", "y"),
+    )
+    for broken in ("{", '{"id": 1}', "[1]"):
+        file.write_text(broken)
+        with pytest.raises(demo.DemoError, match="cannot be read"):
+            job(model=model, prompts=None)
+
+
+def generation(ids: list[int], seconds: float, *, passes: int = 3) -> Generation:
+    origins = [i % 3 for i in range(len(ids))]
+    return Generation([ids] * passes, [f" t{i}" for i in ids], origins, seconds)
+
+
+def run_demo(
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    ours: list[list[int]],
+    *args: str,
+    seconds: float = 0.25,
+) -> Result:
+    texts = [[1, 2, 3, 4, 5, 6], [7, 8] * 20]
+    results = {
+        "vanilla": EngineResult([generation(t, 0.5) for t in texts], {}),
+        "ouroboros": EngineResult(
+            [generation(t, seconds) for t in ours], {"target_forwards": 46, "draft_forwards": 23}
+        ),
+    }
+    monkeypatch.setattr(demo, "_run_engine", lambda _job, name, _show, _verbose: results[name])
+    monkeypatch.setenv("COLUMNS", "120")
+    prompts = ["--prompt", "def a():", "--prompt", "def b():"]
+    return invoke("demo", "--model", model, "--rounds", "2", *prompts, *args)
+
+
+def test_demo_identical(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    result = run_demo(monkeypatch, model, [[1, 2, 3, 4, 5, 6], [7, 8] * 20], "--plain")
+    assert result.exit_code == 0
+    assert "\x1b" not in result.output
+    assert "def a(): t1 t2 t3 t4 t5 t6" in result.output
+    assert "target 2   ■ draft model 2   ■ suffix phrase 2   identical" in result.output
+    rows = [re.split(r"  +", line) for line in result.output.splitlines()]
+    assert ["prompt 1", "6", "12.0", "24.0", "2.00", "identical"] in [r[:6] for r in rows]
+    assert ["prompt 2", "40", "80.0", "160.0", "2.00", "identical, loops"] in [r[:6] for r in rows]
+    # 46 tokens of one pass in 46 / 2 target forwards and 23 / 2 draft forwards
+    assert ["Ouroboros", "92.0", "2.00", "2.00", "0.25", "identical"] in [r[:6] for r in rows]
+    assert "Without the prompts whose text loops: ratio 2.00." in result.output
+
+
+def test_demo_says_why_it_is_slower(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    ours = [[1, 2, 3, 4, 5, 6], [7, 8] * 20]
+    assert "Slower" not in run_demo(monkeypatch, model, ours).output
+    output = " ".join(run_demo(monkeypatch, model, ours, seconds=1.0).output.split())
+    # 23 steps of 2 tokens in 2 seconds, 46 of one token in 1 second
+    assert "took 87.0 ms for 2.00 tokens, a step of vanilla vLLM 21.7 ms for one" in output
+
+
+def test_demo_different(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    result = run_demo(monkeypatch, model, [[1, 2, 9, 4, 5, 6], [7, 8] * 20])
+    assert result.exit_code == 1
+    assert "DIFFERENT in 1 of 2" in result.output
+    assert "Ouroboros, pass 0: token 2 is [9], vanilla's first pass has [3]" in result.output
+
+
+def test_a_difference_in_any_pass_counts() -> None:
+    same = generation([1, 2], 1.0)
+    shorter = Generation([[1, 2], [1]], ["a", "b"], [0, 0], 1.0)
+    assert Comparison("a", "p", same, same).identical
+    assert not Comparison("a", "p", same, shorter).identical
+    assert not Comparison("a", "p", shorter, same).identical
+
+
+def test_loops_need_a_4_gram_more_than_8_times() -> None:
+    for times, loops in ((8, False), (9, True)):
+        text = [t for i in range(times) for t in (1, 2, 3, 4, 100 + i)]
+        row = generation(text, 1.0)
+        assert Comparison("a", "p", row, row).loops is loops
+    empty = generation([], 1.0)
+    assert not Comparison("a", "p", empty, empty).loops

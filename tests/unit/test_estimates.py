@@ -1,0 +1,138 @@
+"""How likely nodes are accepted: what is learned from walks, and by requests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ouroboros.draft_rounds import thoughts
+from vllm_ouroboros.drafting import OTHERS
+from vllm_ouroboros.estimates import (
+    EDGES,
+    GRADES,
+    KINDS,
+    PRIOR,
+    SUREST,
+    Estimates,
+    Evidence,
+    Leaning,
+    grade,
+    kind_of,
+)
+from vllm_ouroboros.tree import ROOT, DraftTree, walk
+
+from .policy_fakes import SURE, text, tree_of
+
+
+def test_kinds_are_grades_and_evidence() -> None:
+    assert len(PRIOR) == KINDS == GRADES * len(Evidence)
+    assert sorted({kind_of(g, e) for g in range(GRADES) for e in Evidence}) == [*range(KINDS)]
+    assert [grade(np.float32(p)) for p in (0.0, *EDGES, 1.0)] == [
+        *range(len(EDGES) + 1),
+        len(EDGES),
+    ]
+    table = PRIOR.reshape(GRADES, len(Evidence))
+    assert ((table > 0) & (table < 1)).all()
+    assert (np.diff(table[: len(EDGES) + 1], axis=0) > 0).all()
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 12), known=st.integers(1, 13))
+@settings(deadline=None)
+def test_what_is_learned_are_the_turns_of_a_walk(seed, size, known) -> None:
+    """Every accepted node was right in its turn; each level has at most one that was. Nothing is
+    learned of places that the target has not written yet.
+    """
+    rng = np.random.default_rng(seed)
+    parents = np.array([rng.integers(-1, i) if i else -1 for i in range(size)], np.int32)
+    tokens = rng.integers(0, 3, size).astype(np.int32)
+    tree = DraftTree(tokens, parents, parents, np.arange(size, dtype=np.int32))
+    predicted = rng.integers(0, 3, size + 1)
+    path = np.empty(size, np.int32)
+    accepted = path[: walk(tokens, parents, size, predicted, path)].tolist()
+    rows = [0, *(node + 1 for node in accepted)]
+    written = predicted[rows].astype(np.int32)[:known]
+    accepted = accepted[:known]
+    estimates, leaning = Estimates(), Leaning()
+    assert estimates.learn(tree, written, leaning) == len(accepted)
+    assert np.flatnonzero(estimates.right).tolist() == sorted(accepted)
+    reached = [ROOT, *accepted][:known]
+    turns = [
+        i for i in range(size)
+        if parents[i] in reached and not any(a < i and parents[a] == parents[i] for a in accepted)
+    ]  # fmt: skip
+    assert np.flatnonzero(estimates.turns).tolist() == turns
+    assert leaning.right == len(accepted)
+
+
+def test_rates_come_to_what_happens_and_requests_differ() -> None:
+    tree = tree_of([1], [ROOT], [SURE])
+    estimates, good, bad = Estimates(), Leaning(), Leaning()
+    for i in range(4000):
+        right = i % 4 == 0
+        leaning = good if right else bad
+        estimates.learn(tree, text(1 if right else 2), leaning)
+        leaning.fade()
+        estimates.fade()
+    assert estimates.rates(Leaning())[SURE] == pytest.approx(0.25, abs=0.05)
+    assert estimates.grades()[SURE // len(Evidence)] == pytest.approx(0.25, abs=0.05)
+    assert estimates.rates(good)[SURE] > 2 * estimates.rates(bad)[SURE]
+    assert (estimates.rates(good) <= SUREST).all()
+    before = leaning.factor, estimates.right.sum()
+    estimates.learn(tree, text(1), None)  # of a tree that was not verified
+    assert leaning.factor == before[0]
+    assert estimates.right.sum() == before[1] + 1
+
+
+def test_a_request_as_good_as_others_has_their_rates() -> None:
+    """And one that is better misses less, but what is all but certain has little to gain."""
+    usual, better = Leaning(10, 10, 20), Leaning(20, 10, 20)
+    rates = np.array([0.0, 0.3, 0.97, 1.0])
+    np.testing.assert_allclose(usual.of(rates), rates)
+    assert (better.of(rates)[1:3] > rates[1:3]).all()
+    assert better.of(rates)[1] / rates[1] > 1.5 > 1.03 > better.of(rates)[2] / rates[2]
+    np.testing.assert_allclose(better.of(rates)[[0, 3]], [0, 1])
+    np.testing.assert_allclose(1 - Leaning(0, 10, 20).of(1 - rates), better.of(rates))
+
+
+@pytest.mark.parametrize(
+    "written, alone, saved",
+    [
+        ((9,), 0, 0.0),
+        ((1, 9), 0, 1.0),
+        ((1, 9), 1, 0.0),
+        ((1, 9), 2, -1.0),  # the draft model led astray
+        ((1, 2, 3, 9), 0, 2.0),
+        ((1, 2, 3, 9), 1, 2.0),  # they lacked it after all
+        ((1, 2, 3, 9), 2, 1.0),
+    ],
+)
+def test_a_draft_saves_a_step_for_each_token_that_phrases_would_have_lacked(
+    written, alone, saved
+) -> None:
+    """Of tokens 1, 2 and 3 phrases know the second; it would have come with the next step."""
+    estimates, known = Estimates(), SURE + int(Evidence.SOLE_24)
+    tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE, known, SURE])
+    assert estimates.steps_saved(tree, text(*written), alone) == pytest.approx(saved, abs=0.03)
+
+
+def test_what_is_not_seen_again_is_tried_again() -> None:
+    """A bad start must not shut a kind out for ever."""
+    tree, estimates = tree_of([1], [ROOT], [SURE]), Estimates()
+    for _ in range(50):
+        estimates.learn(tree, text(2), None)
+    assert estimates.rates(Leaning())[SURE] < 0.2
+    for _ in range(3000):
+        estimates.fade()
+    assert estimates.rates(Leaning())[SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
+
+
+def test_the_draft_model_says_what_it_thinks_of() -> None:
+    logits = torch.stack([torch.randperm(7) for _ in range(5)]).bfloat16()  # no ties
+    first, odds = thoughts(logits)
+    wanted = logits.float().softmax(-1).topk(OTHERS + 1)
+    np.testing.assert_allclose(odds, wanted.values, rtol=1e-5)
+    assert (first[:, 0] == logits.argmax(-1).numpy()).all()
+    assert thoughts(logits[:, :2])[0].shape == (5, 2)
