@@ -103,11 +103,13 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
     return speeds[:, 0] / np.maximum(speeds[:, 1], 1e-9)
 
 
-def counts(method: Method, run: RunResult) -> dict[str, float | None]:
+def counts(method: Method, load: Load, run: RunResult) -> dict[str, float | None]:
     """Tokens per target forward, draft forwards and verified nodes per token of a run.
 
     A target forward here is one verification of one request, as in the paper; draft forwards are
     those of whole batches. vLLM does not count its draft model's: it runs K in each engine step.
+    Nor does it count verifications: at batch 1 they are its steps; else they are told from the
+    accepted tokens, a little too few, for vLLM counts those beyond an answer's last token as well.
     """
     tokens = sum(map(len, run.outputs)) if not _texts(run) else sum(t for t, _ in run.groups)
     got = run.counters
@@ -118,6 +120,8 @@ def counts(method: Method, run: RunResult) -> dict[str, float | None]:
         forwards, drafts, nodes = got["steps"], got["draft_forwards"], got["verified_nodes"]
     elif method.name == VANILLA:
         forwards = tokens
+    elif load.batch == 1 and "engine_steps" in got:
+        forwards = got["engine_steps"]
     elif "accepted" in got:
         forwards = tokens - got["accepted"]
     if drafts is None and not method.draft_tokens:
@@ -181,7 +185,7 @@ def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict
     """The row of a cell over all its rounds; figures are null where there are none."""
     runs = list(cell.runs.values())
     speeds = [speed(run) for run in runs]
-    found = [counts(cell.method, run) for run in runs]
+    found = [counts(cell.method, cell.load, run) for run in runs]
     compared = ratio(cell.runs, vanilla.runs) if vanilla is not None else None
     value, low, high = compared or (None, None, None)
     compared_to = len(runs[0].outputs) if runs and vanilla is not None and vanilla.runs else None
@@ -204,7 +208,10 @@ def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict
         "ratio_high": high,
         "first_token_ms": _ms([s for run in runs for s in run.first]),
         "time_per_token_ms": _ms([s for run in runs for s in run.each]),
-        **{name: _median([f[name] for f in found]) for name in counts(cell.method, _NOTHING)},
+        **{
+            name: _median([f[name] for f in found])
+            for name in counts(cell.method, cell.load, _NOTHING)
+        },
         "peak_memory_mib": round(max(cell.peaks) / 2**20) if cell.peaks else None,
         "outputs_equal": None if compared_to is None else compared_to - len(different),
         "outputs_total": compared_to,

@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_ouroboros.best_first import Ranked, grow_best
-from vllm_ouroboros.estimates import KINDS
+from vllm_ouroboros.estimates import KINDS, Estimates, Leaning
 from vllm_ouroboros.lengthening import build_trees, learn
 from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
 from vllm_ouroboros.rounds import (
@@ -281,7 +281,9 @@ def warm_up() -> None:
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
     drafting.plan_branches(slots)
-    drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
+    [grown], _ = drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
+    Estimates().learn(grown, text[0, :1], Leaning())
+    Estimates().steps_saved(grown, text[0, :1], 0)
     drafting.build(slots, slots, text)
     tree = drafting.tree(slot)
     size = len(tree.tokens)

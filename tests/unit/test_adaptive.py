@@ -104,6 +104,14 @@ def drive(policy: Policy, steps: int, right: bool, seconds: float = 1.0) -> list
     return drafted
 
 
+def test_a_draft_that_had_to_wait_does_not_end_drafting() -> None:
+    """The first one may have compiled something for half a minute."""
+    policy = policy_of(0.0, 0.3)
+    drive(policy, 1, True)
+    policy.observe_drafting(30.0)
+    assert all(drive(policy, 20, True))
+
+
 def test_drafts_that_do_not_pay_end_and_are_looked_at_again() -> None:
     """Looks take about a hundredth of the time; once drafts pay, they come back."""
     policy = policy_of(0.0, 0.3)

@@ -94,12 +94,15 @@ def test_counts_of_each_kind_of_engine() -> None:
     run = result([(20, 1.0)], counters={"accepted": 10, "draft_nodes": 30, "engine_steps": 10})
     vanilla, draft, _, ngram, ours = methods("vanilla", "draft_model", "ngram", "ouroboros-cold")
 
-    def values(method: Method, run: RunResult) -> tuple[float | None, ...]:
-        return tuple(bench_rows.counts(method, run).values())
+    def values(method: Method, run: RunResult, batch: int = 8) -> tuple[float | None, ...]:
+        return tuple(bench_rows.counts(method, Load(batch), run).values())
 
     assert values(vanilla, result([(20, 1.0)], counters={"engine_steps": 20})) == (1.0, 0.0, 0.0)
     assert values(draft, run) == (2.0, 1.5, 1.5)  # three draft forwards in each of ten steps
     assert values(ngram, run) == (2.0, 0.0, 1.5)
+    # an answer that ended early was accepted beyond its end: the steps know
+    beyond = result([(20, 1.0)], counters={"accepted": 14, "draft_nodes": 30, "engine_steps": 8})
+    assert values(ngram, beyond, 1) == (2.5, 0.0, 1.5)
     counters = {"steps": 8, "draft_forwards": 4, "verified_nodes": 100, "accepted": 1}
     assert values(ours, result([(20, 1.0)], counters=counters)) == (2.5, 0.2, 5.0)
     # a server tells texts and no draft forwards

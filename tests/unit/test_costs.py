@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_ouroboros.costs import Costs, Curve, measure, read_costs
+from vllm_ouroboros.costs import WIDEST, Costs, Curve, measure, read_costs
 
 from .policy_fakes import curve
 
@@ -58,10 +58,22 @@ def test_costs_follow_what_is_seen() -> None:
     costs.observe_overhead(1e9)
     assert costs.overhead < 0.6
     costs.observe_round(8, 0.2, 0.3)
-    assert (costs.planning, costs.round(8)) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert costs.round(8) == 0  # no draft model, no rounds
     shown = costs.as_dict()
     assert shown["target"]["1"] == 1000
     assert "draft" not in shown
+
+
+def test_the_first_that_is_seen_may_have_compiled_something() -> None:
+    """Half a minute of that must not make drafting look hopeless for the engine's life."""
+    costs = Costs(curve(1.0, 0.0), curve(0.2, 0.0))
+    costs.observe_overhead(30.0)
+    costs.observe_round(8, 0.2, 30.0)
+    assert (costs.overhead, costs.planning) == (WIDEST * 1.0, pytest.approx(WIDEST * 0.2))
+    for _ in range(100):
+        costs.observe_round(8, 0.2, 0.3)
+    assert costs.planning == pytest.approx(0.1, rel=0.1)
+    assert costs.round(8) == pytest.approx(0.3, rel=0.1)
 
 
 def test_costs_are_saved_beside_the_pool(tmp_path) -> None:
