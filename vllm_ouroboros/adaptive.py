@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ouroboros.costs import WIDEST, Costs
+from vllm_ouroboros.costs import Costs, refined
 from vllm_ouroboros.estimates import EDGES, KINDS
 from vllm_ouroboros.known import FORGET, SMOOTH, Known, Manner
 from vllm_ouroboros.tree import DraftTree
@@ -204,8 +204,7 @@ class Policy:
 
     def observe_drafting(self, seconds: float) -> None:
         """Drafting for a step took so long."""
-        rounds = min(seconds / self._longest, WIDEST * self._rounds)  # the first may compile
-        self._rounds += SMOOTH * (rounds - self._rounds)
+        self._rounds = refined(self._rounds, seconds / self._longest, self._rounds)
 
     def goes_on(
         self, slots: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, rows: int, batch: int

@@ -155,11 +155,11 @@ class Costs:
         """A round took so many seconds, the forward included."""
         if self.draft is not None:
             self.draft.observe(rows, forward)
-            self.planning = _refined(self.planning, seconds - forward, self.draft.at(rows))
+            self.planning = refined(self.planning, seconds - forward, self.draft.at(rows))
 
     def observe_overhead(self, seconds: float) -> None:
         """A step spent so long outside forwards."""
-        self.overhead = _refined(self.overhead, seconds, self.target.at(1))
+        self.overhead = refined(self.overhead, seconds, self.target.at(1))
 
     def as_dict(self) -> dict[str, Any]:
         """Milliseconds, by name, as shown to people."""
@@ -199,11 +199,11 @@ def read_costs(path: Path) -> dict[str, Any]:
     return found
 
 
-def _refined(known: float, seconds: float, forward: float) -> float:
-    """An average with one more observation.
+def refined(known: float, seen: float, usual: float) -> float:
+    """An average with one more observation, be it seconds or a share.
 
-    The first one is all there is; it may have waited for a compiler, so it is held against the time
-    of a forward.
+    The first one is all there is. Any may have waited for a compiler, so it is held against what is
+    known, or else what is usual.
     """
-    seconds = min(max(seconds, 0.0), WIDEST * (known or forward))
-    return known + MEMORY * (seconds - known) if known else seconds
+    seen = min(max(seen, 0.0), WIDEST * (known or usual))
+    return known + MEMORY * (seen - known) if known else seen

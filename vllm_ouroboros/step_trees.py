@@ -35,6 +35,7 @@ class Plan(NamedTuple):
 
     rates: np.ndarray  # float64 [R, KINDS]
     least: float  # probability below which no node is worth a look
+    worth: float  # probability above which a node is worth its row
     trees: list[DraftTree]
     probabilities: list[np.ndarray]  # float64 of the nodes of each tree
     promised: np.ndarray  # float64 [R], tokens of the nodes that are worth their rows
@@ -48,7 +49,7 @@ def plan(drafting: Drafting, policy: Policy, batch: Drafted) -> Plan:
     )
     worth = policy.row_worth(batch.size)
     promised = np.array([p[p > worth].sum() for p in probabilities])
-    return Plan(rates, least, trees, probabilities, promised)
+    return Plan(rates, least, worth, trees, probabilities, promised)
 
 
 def best(drafting: Drafting, policy: Policy, planned: Plan, batch: Drafted) -> list[DraftTree]:
@@ -65,9 +66,8 @@ def best(drafting: Drafting, policy: Policy, planned: Plan, batch: Drafted) -> l
         planned.rates[drafted],
         planned.least,
     )
-    worth = policy.row_worth(batch.size)
     for i, tree, p in zip(np.flatnonzero(drafted).tolist(), *with_draft, strict=True):
-        batch.requests[i].alone = trees[i].prefix(int((probabilities[i] > worth).sum()))
+        batch.requests[i].alone = trees[i].prefix(int((probabilities[i] > planned.worth).sum()))
         trees[i], probabilities[i] = tree, p
     for request, tree in zip(batch.requests, trees, strict=True):
         request.grown = tree

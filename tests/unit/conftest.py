@@ -61,3 +61,17 @@ def model(tmp_path: Path) -> str:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """One thread, which tiny tensors like best, and no look for plugins at each turn."""
+    import torch
+    from vllm.v1.sample import logits_processor
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(logits_processor, "_load_logitsprocs_plugins", list)
+        yield
+    torch.set_num_threads(threads)

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from vllm_ouroboros import bench, bench_facts, cli
+from vllm_ouroboros import bench, bench_facts
 from vllm_ouroboros.bench_options import OptionError, read_prompts
 from vllm_ouroboros.bench_rows import Load
 
+from . import cli_fakes
+
 
 @pytest.fixture
-def model(tmp_path: Path) -> str:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"max_position_embeddings": 512}')
-    return str(folder)
+def model(model: str) -> str:
+    """It knows how long a text may be."""
+    (Path(model) / "config.json").write_text('{"max_position_embeddings": 512}')
+    return model
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[bench.Plan]:
 
 
 def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli.app, ["bench", *args])
+    return cli_fakes.invoke("bench", *args)
 
 
 # -- prompt files ------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
-from vllm.v1.sample import logits_processor
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.sampler import Verified, greedy, verify
@@ -21,16 +20,7 @@ from .fakes import Language, engine_config, input_batch, node_paths, request_sta
 from .random_requests import CPU, DEEPEST, EOS, MODES, VOCAB, make_tree
 from .sampler_cases import Case, emitted_tokens, logits_of, one_by_one
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """One thread, which tiny tensors like best, and no look for plugins at each turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(logits_processor, "_load_logitsprocs_plugins", list)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @given(

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.sample import logits_processor
 from vllm.v1.sample.logits_processor import (
     AdapterLogitsProcessor,
     LogitBiasLogitsProcessor,
@@ -34,15 +33,7 @@ VOCAB = 12
 EOS = frozenset([11])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """One thread, which tiny tensors like best, and no look for plugins at each turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(logits_processor, "_load_logitsprocs_plugins", list)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Own(LogitsProcessor):
