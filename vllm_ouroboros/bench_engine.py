@@ -1,22 +1,17 @@
-"""One engine of the benchmark, in a process of its own.
+"""One engine of the benchmark, in a process of its own, where `main` serves it.
 
-`main` is the child's entry point. It takes an `EngineSpec` from a connection, then a `RunSpec` or
-`Place` at a time until None comes, and answers with pairs of a kind ("ready", "done", "result" or
-"error") and a value.
+It is started with an `EngineSpec` and asked with a `RunSpec` or a `Place` at a time.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm_ouroboros.demo_engine import usable_length
-from vllm_ouroboros.engine_process import end_with_parent, one_line
+from vllm_ouroboros.engine_process import serve
 
 WARM_UP_TOKENS = 24
 METRICS = {
@@ -91,23 +86,8 @@ def warm_up_prompts(count: int) -> list[str]:
 
 
 def main(events_fd: int) -> None:
-    """Serve runs until the parent sends None; leads its session, the parent keeps stdin open."""
-    connection = Connection(events_fd)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        engine = Engine(connection.recv())
-        connection.send(("ready", engine.facts))
-        while (wanted := connection.recv()) is not None:
-            if isinstance(wanted, Place):
-                result: Any = engine.gap(wanted)
-            else:
-                result = engine.run(wanted, lambda n: connection.send(("done", n)))
-            connection.send(("result", result))
-    except EOFError:
-        return
-    except Exception as error:
-        traceback.print_exc()
-        connection.send(("error", one_line(error)))
+    """Entry point of an engine's process."""
+    serve(events_fd, Engine)
 
 
 class Engine:
@@ -134,6 +114,10 @@ class Engine:
         self.max_model_len = length
         self.warm: set[int] = set()
         self.facts = {"dtype": str(config.dtype).removeprefix("torch."), "max_model_len": length}
+
+    def answer(self, wanted: RunSpec | Place, done: Callable[[int], object]) -> Any:
+        """What `run` or `gap` finds."""
+        return self.gap(wanted) if isinstance(wanted, Place) else self.run(wanted, done)
 
     def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
         """Warm up if this batch size is new, put the pool into its state, then measure."""

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm_ouroboros.bench_engine import WARM_UP_TOKENS, EngineSpec, RunResult, warm_up_prompts
-from vllm_ouroboros.bench_process import EngineError, peak_memory
-from vllm_ouroboros.engine_process import end_group, environ, log_cause
+from vllm_ouroboros.engine_process import EngineError, end_group, environ, log_cause, peak_memory
 
 CLIENT = (
     "import sys; sys.path[:] = filter(None, sys.path); "

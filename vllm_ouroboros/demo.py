@@ -1,19 +1,13 @@
 """The demo: the same prompts through vanilla vLLM and through Ouroboros.
 
-This module checks what the user asked for and runs the two engines one after the other, in
-processes of their own (`demo_engine`); `demo_report` shows texts and figures. Neither vLLM nor
-torch is imported here.
+This module checks what the user asked for and runs the two engines, in processes of their own
+(`demo_engine`); `demo_report` shows texts and figures. Neither vLLM nor torch is imported here.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import pickle
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +20,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from vllm_ouroboros.demo_engine import EngineJob, EngineResult
 from vllm_ouroboros.demo_report import NAMES, show_report
 from vllm_ouroboros.engine_process import (
-    child_code,
-    end_group,
-    environ,
-    log_cause,
-    next_event,
+    EngineError,
+    EngineProcess,
+    available_memory,
+    peak_memory,
 )
 
 ASSETS = Path(__file__).parent / "assets"
@@ -91,7 +84,6 @@ class Job:
             prompts=tuple(text for _, text in self.prompts),
             max_tokens=self.max_tokens,
             dtype=self.dtype,
-            rounds=self.rounds,
         )
 
 
@@ -128,11 +120,10 @@ def run(job: Job, *, plain: bool = False, verbose: bool = False) -> bool:
     Raises:
         DemoError: an engine did not start or failed.
     """
-    with _progress(job, live=not plain and not verbose) as show:
-        vanilla = _run_engine(job.engine(ouroboros=False), "vanilla", show, verbose)
-        ouroboros = _run_engine(job.engine(ouroboros=True), "ouroboros", show, verbose)
+    with _progress(live=not plain and not verbose) as show:
+        results = _run_engines(job, show, verbose)
     console = Console(no_color=plain or None, highlight=False, emoji=False, markup=False)
-    return show_report(console, job, vanilla, ouroboros)
+    return show_report(console, job, results["vanilla"], results["ouroboros"])
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -149,88 +140,107 @@ def _given(prompts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 class _Show(Protocol):
-    def __call__(self, engine: str, phase: str, advance: int) -> None: ...
+    def phase(self, text: str, requests: int | None = None) -> None: ...
+
+    def done(self, count: int) -> None: ...
+
+
+class _Lines:
+    """A line for each phase, where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def phase(self, text: str, requests: int | None = None) -> None:
+        del requests
+        self._console.print(f"{text} ...", markup=False)
+
+    def done(self, count: int) -> None:
+        pass
+
+
+class _Bars:
+    """A live bar of the phase's requests."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._task = progress, progress.add_task("", total=None)
+
+    def phase(self, text: str, requests: int | None = None) -> None:
+        self._progress.reset(self._task, total=requests, description=text)
+
+    def done(self, count: int) -> None:
+        self._progress.advance(self._task, count)
 
 
 @contextmanager
-def _progress(job: Job, *, live: bool) -> Iterator[_Show]:
-    """Progress on stderr: a live display on a terminal, else one line for each phase."""
+def _progress(*, live: bool) -> Iterator[_Show]:
+    """Progress on stderr."""
     console = Console(stderr=True, highlight=False, emoji=False)
-    words = {"load": "starting the engine", "warm": "warming up", "time": "generating"}
-    passes = {"load": 0, "warm": 1, "time": job.rounds}
     if not live or not console.is_terminal:
-
-        def lines(engine: str, phase: str, advance: int) -> None:
-            if not advance:
-                console.print(f"{NAMES[engine]}: {words[phase]} ...", markup=False)
-
-        yield lines
+        yield _Lines(console)
         return
-
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=None)
-
-        def bars(engine: str, phase: str, advance: int) -> None:
-            if advance:
-                progress.advance(task, advance)
-            else:
-                total = passes[phase] * len(job.prompts) or None
-                progress.reset(task, total=total, description=f"{NAMES[engine]}: {words[phase]}")
-
-        yield bars
+        yield _Bars(progress)
 
 
-_CHILD = child_code("vllm_ouroboros.demo_engine")
+def _run_engines(job: Job, show: _Show, verbose: bool) -> dict[str, EngineResult]:
+    """Both engines, pass by pass in turns: what slows the machine for a while slows both.
+
+    Where only one fits at a time, one after the other.
+    """
+    alive: dict[str, EngineProcess] = {}
+    results: dict[str, EngineResult] = {}
+    try:
+        for name, title in NAMES.items():
+            for other in alive.values():
+                other.pause()
+            with _named(name):
+                show.phase(f"{title}: starting the engine")
+                alive[name] = engine = _start(job.engine(ouroboros=name != "vanilla"), verbose)
+                show.phase(f"{title}: warming up", len(job.prompts))
+                engine.ask("warm", show.done)
+            if name == [*NAMES][-1] or not _fits_again(engine):
+                results |= _time(job, alive, show)
+                while alive:
+                    alive.popitem()[1].end()
+        return results
+    finally:
+        while alive:
+            alive.popitem()[1].end()
 
 
-def _environ(job: EngineJob, *, verbose: bool) -> dict[str, str]:
-    return environ([job.model, (job.ouroboros or {}).get("draft_model")], verbose=verbose)
+def _start(job: EngineJob, verbose: bool) -> EngineProcess:
+    models = [job.model, (job.ouroboros or {}).get("draft_model")]
+    return EngineProcess("vllm_ouroboros.demo_engine", job, models, verbose=verbose)
 
 
-def _run_engine(job: EngineJob, name: str, show: _Show, verbose: bool) -> EngineResult:
-    """Run one engine from start to end in a session of its own."""
-    receive, send = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryFile(prefix="vllm-ouroboros-") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(send.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=sys.stderr if verbose else log,
-            stderr=None if verbose else log,
-            env=_environ(job, verbose=verbose),
-            pass_fds=[send.fileno()],
-            start_new_session=True,
-        )
-        send.close()
-        assert child.stdin is not None
-        try:
-            pickle.dump(job, child.stdin)
-            child.stdin.flush()
-            while True:
-                kind, value = next_event(child, receive)
-                if kind == "result":
-                    return value
-                if kind == "error":
-                    if "Engine core initialization failed" in value:
-                        value = log_cause(log) or value
-                    raise DemoError(f"{NAMES[name]}: {value}{_hint(verbose)}")
-                if kind == "phase":
-                    show(name, value, 0)
-                else:
-                    show(name, "", value)
-        except (EOFError, BrokenPipeError):
-            cause = log_cause(log) or f"the engine's process ended with status {child.wait()}"
-            raise DemoError(f"{NAMES[name]}: {cause}{_hint(verbose)}") from None
-        except KeyboardInterrupt:
-            child.terminate()
-            raise
-        finally:
-            end_group(child)
-            child.stdin.close()
-            receive.close()
+def _fits_again(engine: EngineProcess) -> bool:
+    """Whether there is room for another one like it; an engine takes most of a GPU's memory."""
+    return engine.facts["device"] == "cpu" and available_memory() > 2 * peak_memory(engine.group)
 
 
-def _hint(verbose: bool) -> str:
-    return "" if verbose else " (--verbose shows the log)"
+def _time(job: Job, alive: dict[str, EngineProcess], show: _Show) -> dict[str, EngineResult]:
+    titles = " and ".join(NAMES[name] for name in alive)
+    turns = ", in turns" if len(alive) > 1 else ""
+    show.phase(f"{titles}: generating{turns}", job.rounds * len(alive) * len(job.prompts))
+    results: dict[str, EngineResult] = {}
+    for ask in ["time"] * job.rounds + ["result"]:
+        for name, engine in alive.items():
+            for other in alive.values():
+                other.pause()
+            engine.resume()
+            with _named(name):
+                results[name] = engine.ask(ask, show.done)
+    return results
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say whose error it is."""
+    try:
+        yield
+    except EngineError as error:
+        raise DemoError(f"{NAMES[name]}: {error}") from None

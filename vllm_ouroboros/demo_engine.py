@@ -1,23 +1,17 @@
-"""One engine of the demo, in a process of its own: only one engine may be alive at a time.
+"""One engine of the demo, in a process of its own, where `main` serves it.
 
-`main` is the child's entry point. It reports to the parent through a connection: pairs of a kind
-("phase", "done", "result" or "error") and a value.
+It is started with an `EngineJob` and asked for passes over the prompts, then for the result.
 """
 
 from __future__ import annotations
 
-import pickle
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-from vllm_ouroboros.engine_process import end_with_parent, one_line
+from vllm_ouroboros.engine_process import serve
 
 MAX_MODEL_LEN = 1024  # tokens; less where the model knows fewer positions
 NODE_BUDGET = 26
@@ -32,7 +26,6 @@ class EngineJob:
     prompts: tuple[str, ...]
     max_tokens: int
     dtype: str
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -92,16 +85,8 @@ def match_origins(origins: dict[str, list[int]], request_id: str, length: int) -
 
 
 def main(events_fd: int) -> None:
-    """Run the pickled `EngineJob` of stdin; leads its session, and the parent keeps stdin open."""
-    events = Connection(events_fd, readable=False)
-    job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        events.send(("result", _generate(job, events)))
-    except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        events.send(("error", one_line(error)))
+    """Entry point of an engine's process."""
+    serve(events_fd, Engine)
 
 
 def usable_length(model: str, wanted: int) -> int:
@@ -112,84 +97,110 @@ def usable_length(model: str, wanted: int) -> int:
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 
-def _generate(job: EngineJob, events: Connection) -> EngineResult:
-    events.send(("phase", "load"))
-    from vllm import LLM, SamplingParams
+class Engine:
+    """A ``vllm.LLM``, and what it has generated."""
 
-    import vllm_ouroboros
+    def __init__(self, job: EngineJob) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-    max_model_len = usable_length(job.model, MAX_MODEL_LEN)
-    extra: dict[str, Any] = {}
-    if job.ouroboros is not None:
-        extra = {
-            "speculative_config": {
-                "model": "vllm_ouroboros.OuroborosProposer",
-                "num_speculative_tokens": NODE_BUDGET,
-            },
-            "additional_config": {"ouroboros": job.ouroboros},
-        }
-    llm = LLM(
-        model=job.model,
-        dtype=job.dtype,
-        max_model_len=max_model_len,
-        disable_log_stats=True,
-        **extra,
-    )
-    tokenizer = llm.get_tokenizer()
-    for prompt in job.prompts:
-        length = len(tokenizer.encode(prompt))
-        if length >= max_model_len:
-            raise ValueError(
-                f"a prompt has {length} tokens, the demo takes at most {max_model_len - 1}: "
-                f"{prompt[:40]!r}"
-            )
-    params = SamplingParams(temperature=0.0, max_tokens=job.max_tokens)
-
-    def one_pass() -> tuple[list[Any], list[float]]:
-        # Nothing may be left of the pass before: neither cached prompts nor, in the phrase pool,
-        # the very text that is generated again.
-        llm.reset_prefix_cache()
+        length = usable_length(job.model, MAX_MODEL_LEN)
+        extra: dict[str, Any] = {}
         if job.ouroboros is not None:
-            vllm_ouroboros.reset_pool(llm)
-        outputs, seconds = [], []
+            extra = {
+                "speculative_config": {
+                    "model": "vllm_ouroboros.OuroborosProposer",
+                    "num_speculative_tokens": NODE_BUDGET,
+                },
+                "additional_config": {"ouroboros": job.ouroboros},
+            }
+        self.job, self.ours = job, job.ouroboros is not None
+        self.llm = LLM(
+            model=job.model, dtype=job.dtype, max_model_len=length, disable_log_stats=True, **extra
+        )
+        self.first: list[Any] = []  # outputs of the pass that warms up
+        self.origins: dict[str, list[int]] = {}
+        self.before: dict[str, int] = {}  # counters
+        self.passes: list[tuple[list[Any], list[float]]] = []
+        self.facts = {"device": current_platform.device_type}
+        tokenizer = self.llm.get_tokenizer()
         for prompt in job.prompts:
+            tokens = len(tokenizer.encode(prompt))
+            if tokens >= length:
+                raise ValueError(
+                    f"a prompt has {tokens} tokens, the demo takes at most {length - 1}: "
+                    f"{prompt[:40]!r}"
+                )
+
+    def answer(self, wanted: str, done: Callable[[int], object]) -> EngineResult | None:
+        """Run a pass, "warm" or "time", or say the "result"."""
+        if wanted == "result":
+            return self.result()
+        if wanted == "warm":
+            self.warm_up(done)
+        else:
+            self.passes.append(self._pass(done))
+        return None
+
+    def warm_up(self, done: Callable[[int], object]) -> None:
+        """A pass that fills caches, compiles, and shows where the tokens come from."""
+        import vllm_ouroboros
+
+        if self.ours:
+            vllm_ouroboros.trace(self.llm, enabled=True)
+        self.first, _ = self._pass(done)
+        if self.ours:
+            # The origins of a request are there once another step has run after its last one.
+            self._generate(self.job.prompts[0], max_tokens=1)
+            self.origins = vllm_ouroboros.take_origins(self.llm)
+            vllm_ouroboros.trace(self.llm, enabled=False)
+            self.before = vllm_ouroboros.stats(self.llm)
+
+    def result(self) -> EngineResult:
+        """Generations and counters of the passes so far."""
+        import vllm_ouroboros
+
+        after = vllm_ouroboros.stats(self.llm) if self.ours else {}
+        tokenizer = self.llm.get_tokenizer()
+
+        def decode(token_ids: list[int]) -> str:
+            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        generations = []
+        for i, output in enumerate(self.first):
+            token_ids = list(output.outputs[0].token_ids)
+            generations.append(
+                Generation(
+                    token_ids=[token_ids]
+                    + [list(p[0][i].outputs[0].token_ids) for p in self.passes],
+                    pieces=token_pieces(decode, output.prompt_token_ids, token_ids),
+                    origins=match_origins(self.origins, output.request_id, len(token_ids)),
+                    seconds=median(p[1][i] for p in self.passes),
+                )
+            )
+        return EngineResult(generations, {k: after[k] - self.before.get(k, 0) for k in after})
+
+    def _pass(self, done: Callable[[int], object]) -> tuple[list[Any], list[float]]:
+        """Outputs and seconds of each prompt.
+
+        Nothing may be left of the pass before: neither cached prompts nor, in the phrase pool, the
+        very text that is generated again.
+        """
+        import vllm_ouroboros
+
+        self.llm.reset_prefix_cache()
+        if self.ours:
+            vllm_ouroboros.reset_pool(self.llm)
+        outputs, seconds = [], []
+        for prompt in self.job.prompts:
             start = time.perf_counter()
-            outputs.append(llm.generate([prompt], params, use_tqdm=False)[0])
+            outputs.append(self._generate(prompt, self.job.max_tokens))
             seconds.append(time.perf_counter() - start)
-            events.send(("done", 1))
+            done(1)
         return outputs, seconds
 
-    # The first pass warms up (compilation, caches) and shows where the tokens come from.
-    events.send(("phase", "warm"))
-    if job.ouroboros is not None:
-        vllm_ouroboros.trace(llm, enabled=True)
-    first, _ = one_pass()
-    origins: dict[str, list[int]] = {}
-    before: dict[str, int] = {}
-    if job.ouroboros is not None:
-        # The origins of a request are there once another step has run after its last one.
-        llm.generate([job.prompts[0]], SamplingParams(max_tokens=1), use_tqdm=False)
-        origins = vllm_ouroboros.take_origins(llm)
-        vllm_ouroboros.trace(llm, enabled=False)
-        before = vllm_ouroboros.stats(llm)
+    def _generate(self, prompt: str, max_tokens: int) -> Any:
+        from vllm import SamplingParams
 
-    events.send(("phase", "time"))
-    passes = [one_pass() for _ in range(job.rounds)]
-    after = vllm_ouroboros.stats(llm) if job.ouroboros is not None else {}
-
-    def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
-    generations = []
-    for i, output in enumerate(first):
-        token_ids = list(output.outputs[0].token_ids)
-        generations.append(
-            Generation(
-                token_ids=[token_ids] + [list(p[0][i].outputs[0].token_ids) for p in passes],
-                pieces=token_pieces(decode, output.prompt_token_ids, token_ids),
-                origins=match_origins(origins, output.request_id, len(token_ids)),
-                seconds=median(p[1][i] for p in passes),
-            )
-        )
-    counters = {name: after[name] - before.get(name, 0) for name in after}
-    return EngineResult(generations, counters)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        return self.llm.generate([prompt], params, use_tqdm=False)[0]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vllm_ouroboros import pool_file
+from vllm_ouroboros import engine_process, pool_file
+from vllm_ouroboros.engine_process import EngineProcess
+
+from .engine_children import CHILD
 
 
 class Log(logging.Handler):
@@ -75,3 +80,19 @@ def quick():
         context.setattr(logits_processor, "_load_logitsprocs_plugins", list)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Starts an engine's process that runs some code; it ends with the test."""
+    started: list[EngineProcess] = []
+
+    def start(code: str, timeout: float = 30) -> EngineProcess:
+        monkeypatch.setattr(engine_process, "child_code", lambda module: CHILD + code)
+        started.append(EngineProcess("m", "m", [], timeout=timeout))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        if not engine._log.closed:
+            engine.end()

@@ -12,8 +12,9 @@ import pytest
 from vllm_ouroboros import bench, bench_methods, bench_report
 from vllm_ouroboros.bench_engine import Place, RunResult, RunSpec
 from vllm_ouroboros.bench_methods import Method, build
-from vllm_ouroboros.bench_process import EngineError, Engines
+from vllm_ouroboros.bench_process import Engines
 from vllm_ouroboros.bench_rows import Load
+from vllm_ouroboros.engine_process import EngineError
 
 ABOUT = {
     "commit": "c0ffee", "time": "now", "hardware": {"cpu": "a CPU", "cores": 2},
@@ -312,7 +313,7 @@ def test_an_interrupt_leaves_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return False
 
     monkeypatch.setattr(
-        bench, "EngineProcess", lambda spec, **_: Fake(Method("vanilla"), log, stop)
+        bench, "MeasuredEngine", lambda spec, **_: Fake(Method("vanilla"), log, stop)
     )
     given = plan(tmp_path, methods("vanilla", "ngram"))
     with pytest.raises(KeyboardInterrupt):

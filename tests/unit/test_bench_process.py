@@ -1,155 +1,42 @@
-"""Processes of the benchmark without vLLM: the dialogue with an engine, memory."""
+"""Engines of the benchmark without vLLM: what the parent asks, what an engine does."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench_engine, bench_process
+from vllm_ouroboros import bench_engine, engine_process
 from vllm_ouroboros.bench_engine import EngineSpec, Place, RunResult, RunSpec
-from vllm_ouroboros.bench_process import EngineError, EngineProcess
+from vllm_ouroboros.bench_process import MeasuredEngine
 from vllm_ouroboros.config import PROPOSER
+
+from .engine_children import CHILD
 
 SPEC = EngineSpec("m", "auto", None, None, 64, 4, 2048, False)
 RUN = RunSpec(("a", "b", "c"), 2, 8)
-CHILD = """
-import os, signal, subprocess, sys, time
-from multiprocessing.connection import Connection
-from vllm_ouroboros.bench_engine import RunResult
-events = Connection(int(sys.argv[1]))
-spec = events.recv()
-"""
-READY = 'events.send(("ready", {"dtype": spec.dtype})); run = events.recv()\n'
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Any:
-    started: list[EngineProcess] = []
-
-    def start(code: str, timeout: float = 30) -> EngineProcess:
-        monkeypatch.setattr(bench_process, "_CHILD", CHILD + code)
-        started.append(EngineProcess(SPEC, timeout=timeout, verbose=False))
-        return started[-1]
-
-    yield start
-    for engine in started:
-        if not engine._log.closed:
-            engine.end()
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
-def state(pid: int, wanted: str) -> bool:
-    for _ in range(100):
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in wanted:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 # -- the parent's side -------------------------------------------------------------------------
 
 
-def test_an_engine_answers_runs(start: Any) -> None:
-    engine = start(
-        READY + 'events.send(("done", run.batch))\n'
-        'events.send(("result", RunResult([(1, 2.0)], [list(run.prompts)], [], [])))\n'
-        "events.recv()\n"
-    )
-    assert engine.facts == {"dtype": "auto"}
-    seen: list[int] = []
-    result = engine.run(RUN, seen.append)
-    assert result.outputs == [["a", "b", "c"]]
-    assert seen == [2]
-    assert 2**20 < engine.peak() < 2**31
-    began = time.monotonic()
-    engine.end()
-    assert time.monotonic() - began < 10
-
-
-def test_pausing_stops_all_processes_and_ends_none(start: Any) -> None:
-    engine = start(
-        'child = subprocess.Popen(["sleep", "600"])\n'
-        'events.send(("ready", {"child": child.pid})); run = events.recv()\n'
-        'events.send(("result", RunResult([(1, 2.0)], [], [], []))); events.recv()\n'
-    )
-    pid, child = engine._child.pid, engine.facts["child"]
-    assert {pid, child} <= set(bench_process.group_members(pid))
-    engine.pause()
-    assert state(pid, "T") and state(child, "T")
-    engine.resume()
-    assert engine.run(RUN, print).groups == [(1, 2.0)]
-    engine.pause()
-    engine.end()
-    assert gone(pid) and gone(child)
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ('events.send(("error", "ValueError: no"))', "ValueError: no (--verbose"),
-        (
-            'print("(EngineCore pid=7) ERROR 01-01 00:00:00 [core.py:1] a.b.MyError: deep")\n'
-            "sys.stdout.flush()\n"
-            'events.send(("error", "RuntimeError: Engine core initialization failed. See"))',
-            "MyError: deep (--verbose",
-        ),
-        ("sys.exit(3)", "ended with status 3"),
-        ("os.abort()", "ended with status -6"),
-    ],
-)
-def test_an_engine_that_does_not_start(start: Any, code: str, message: str) -> None:
-    with pytest.raises(EngineError) as found:
-        start(code)
-    assert message in str(found.value)
-
-
-def test_a_run_that_fails_or_hangs(start: Any) -> None:
-    engine = start(READY + 'events.send(("error", "OutOfMemoryError: big"))')
-    with pytest.raises(EngineError, match="OutOfMemoryError: big"):
-        engine.run(RUN, print)
-    engine = start(READY + "time.sleep(600)", timeout=5)
-    with pytest.raises(EngineError, match=r"silent for 5 s \(--timeout\)"):
-        engine.run(RUN, print)
-    engine.end()
-    assert gone(engine._child.pid)
-
-
-def test_a_stopped_engine_ends_with_its_parent(tmp_path: Path) -> None:
-    """Even when the parent is killed, which nothing in a stopped process could notice."""
+def test_an_engine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import os, sys, time\n"
-        "from vllm_ouroboros import bench_process as b\n"
-        "from vllm_ouroboros.bench_engine import EngineSpec\n"
-        f"b._CHILD = {CHILD + READY!r}\n"
-        "e = b.EngineProcess(EngineSpec('m', 'auto', None, None, 64, 4, 64, False),"
-        " timeout=30, verbose=False)\n"
-        "e.pause(); print(e._child.pid, flush=True); time.sleep(600)\n"
+        'from vllm_ouroboros.bench_engine import RunResult\nevents.send(("ready", {}))\n'
+        "run = events.recv()\n"
+        'events.send(("result", RunResult([(1, 2.0)], [list(run.prompts)], [], [])))\n'
+        'events.recv(); events.send(("result", 0.25)); events.recv()\n'
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert state(pid, "T")
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
-    for _ in range(100):
-        if gone(pid):
-            break
-        time.sleep(0.1)
-    assert gone(pid)
+    monkeypatch.setattr(engine_process, "child_code", lambda module: CHILD + code)
+    engine = MeasuredEngine(SPEC, timeout=30, verbose=False)
+    try:
+        assert engine.run(RUN, print).outputs == [["a", "b", "c"]]
+        assert 2**20 < engine.peak() < 2**31
+        assert engine.gap(Place("a", (), 6, 5)) == 0.25
+    finally:
+        engine.end()
 
 
 # -- the child's side --------------------------------------------------------------------------
@@ -278,14 +165,7 @@ def test_one_token_has_no_time_per_token() -> None:
 
 
 @pytest.mark.usefixtures("vllm")
-def test_the_dialogue_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Any] = []
-    wanted = iter([SPEC, RUN, Place("a", (), 6, 5), RunSpec(("x" * 64,), 1, 8)])
-    fake = SimpleNamespace(recv=lambda: next(wanted), send=sent.append)
-    monkeypatch.setattr(bench_engine, "Connection", lambda _: fake)
-    monkeypatch.setattr(bench_engine, "end_with_parent", lambda: None)
-    bench_engine.main(0)
-    assert [kind for kind, _ in sent] == ["ready", *["done"] * 3, "result", "result", "error"]
-    assert isinstance(sent[4][1], RunResult)
-    assert sent[5] == ("result", 0.25)
-    assert sent[6][1].startswith("ValueError: a prompt has 64 tokens")
+def test_what_an_engine_answers() -> None:
+    engine = bench_engine.Engine(SPEC)
+    assert isinstance(engine.answer(RUN, print), RunResult)
+    assert engine.answer(Place("ab", (7, 8), found=6, vanilla=5), print) == 0.25

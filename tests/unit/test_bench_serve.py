@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench_process, bench_serve
+from vllm_ouroboros import bench_serve, engine_process
 from vllm_ouroboros.bench_engine import EngineSpec, RunResult
-from vllm_ouroboros.bench_process import EngineError
 from vllm_ouroboros.config import PROPOSER
+from vllm_ouroboros.engine_process import EngineError
 
 SPEC = EngineSpec("m", "auto", None, None, 64, 4, 2048, False)
 
@@ -93,7 +93,7 @@ def test_a_server_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.groups == [(4, 1.0)]
     assert result.outputs == ["a", "b", "x"]  # the last is what the server was asked last
     assert peak > 2**20
-    for pid in bench_process.group_members(os.getpgrp()):
+    for pid in engine_process.group_members(os.getpgrp()):
         assert SERVER[:40] not in Path(f"/proc/{pid}/cmdline").read_text()
 
 

@@ -63,7 +63,7 @@ def run_demo(
             [generation(t, seconds) for t in ours], {"target_forwards": 46, "draft_forwards": 23}
         ),
     }
-    monkeypatch.setattr(demo, "_run_engine", lambda _job, name, _show, _verbose: results[name])
+    monkeypatch.setattr(demo, "_run_engines", lambda _job, _show, _verbose: results)
     monkeypatch.setenv("COLUMNS", "120")
     prompts = ["--prompt", "def a():", "--prompt", "def b():"]
     return invoke("demo", "--model", model, "--rounds", "2", *prompts, *args)
