@@ -51,9 +51,10 @@ def read_rows(files: list[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def subtitle(row: dict[str, Any]) -> str:
+def subtitle(rows: list[dict[str, Any]]) -> str:
     """Where and with what it was measured; that a model is inflated always stands here."""
-    text = f"{hardware_line(row['hardware'])}, {row['dtype']}, commit {row['commit']}"
+    row, commits = rows[0], list(dict.fromkeys(row["commit"] for row in rows))
+    text = f"{hardware_line(row['hardware'])}, {row['dtype']}, commit {', '.join(commits)}"
     for name, role in (("model", "target"), ("draft_model", "draft")):
         origin = (row.get("inflated") or {}).get(name)
         if origin:
@@ -70,18 +71,21 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         1, len(loads), figsize=(2.6 + 3.4 * len(loads), 1.8 + 0.42 * widest),
         sharex=True, squeeze=False, layout="constrained",
     )  # fmt: skip
-    for at, (panel, load) in enumerate(zip(panels[0], loads, strict=True)):
+    shown: list[str] = []
+    for panel, load in zip(panels[0], loads, strict=True):
         found = [row for row in best if (row["batch"], row["rate"]) == load]
-        _panel(panel, found, named=at == 0 or len(found) != widest)
+        names = [TITLES[row["method"]] + _short(row) for row in found]
+        _panel(panel, found, names if names != shown else [""] * len(names))
+        shown = names
         batch, rate = load
         panel.set_title(f"batch {batch}" if rate is None else f"{rate:g} requests/s", fontsize=10)
     figure.suptitle("Tokens per second, vanilla vLLM = 1", fontsize=12, x=0.01, ha="left")
-    figure.supxlabel(subtitle(best[0]), fontsize=7, color=LINE, x=0.01, ha="left")
+    figure.supxlabel(subtitle(best), fontsize=7, color=LINE, x=0.01, ha="left")
     figure.savefig(out, dpi=160)
     plt.close(figure)
 
 
-def _panel(panel: Any, rows: list[dict[str, Any]], *, named: bool) -> None:
+def _panel(panel: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     for at, row in enumerate(rows):
         ratio, low, high = row["ratio"], row["ratio_low"], row["ratio_high"]
         if row["status"] != "ok" or ratio is None:
@@ -96,8 +100,7 @@ def _panel(panel: Any, rows: list[dict[str, Any]], *, named: bool) -> None:
             f"{ratio:.2f}", (max(ratio, high or 0.0), at), (4, 0), textcoords="offset points",
             va="center", fontsize=8,
         )  # fmt: skip
-    names = [TITLES[row["method"]] + _short(row) for row in rows]
-    panel.set_yticks(range(len(rows)), names if named else [""] * len(rows), fontsize=8)
+    panel.set_yticks(range(len(rows)), names, fontsize=8)
     panel.invert_yaxis()
     panel.axvline(1.0, color=LINE, linewidth=0.8, linestyle="--")
     panel.margins(x=0.18)

@@ -48,11 +48,11 @@ def test_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plot.read_rows([file])) == 6
 
 
-def test_the_subtitle_says_that_a_model_is_inflated() -> None:
-    text = plot.subtitle(row("ngram"))
-    assert text.startswith("a CPU, 2 cores, bfloat16, commit c0ffee")
+def test_the_subtitle_says_what_it_was_measured_with() -> None:
+    text = plot.subtitle([row("ngram"), row("suffix"), row("suffix", commit="beef")])
+    assert text.startswith("a CPU, 2 cores, bfloat16, commit c0ffee, beef\n")
     assert "target inflated from a/b" in text
-    assert "inflated" not in plot.subtitle(row("ngram", inflated={"model": None}))
+    assert "inflated" not in plot.subtitle([row("ngram", inflated={"model": None})])
 
 
 def test_files_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
