@@ -8,13 +8,14 @@ that still holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from vllm_ouroboros.costs import Costs, refined
-from vllm_ouroboros.estimates import EDGES, KINDS
+from vllm_ouroboros.estimates import EDGES, Estimates, Leaning, lean
 from vllm_ouroboros.known import FORGET, SMOOTH, Known, Manner
 from vllm_ouroboros.tree import DraftTree
 
@@ -218,11 +219,11 @@ class Policy:
             rows: rows of that forward.
             batch: requests of the step, others included.
         """
-        ends = np.ones(len(slots))
-        for r, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
-            known = self.requests[slot]
-            rates = known.leaning.of(known.manner.estimates.grades())
-            ends[r] = rates[np.searchsorted(EDGES, confidence[r, :length], "right")].prod()
+        sure = self._by_manner(
+            slots.tolist(), lambda known, leanings: lean(known.grades(), leanings)
+        )
+        right = np.take_along_axis(sure, np.searchsorted(EDGES, confidence, "right"), 1)
+        ends = np.where(np.arange(confidence.shape[1]) < lengths[:, None], right, 1.0).prod(1)
         gains = ends * self._gained - self.row_worth(batch)
         pays = gains[gains > 0].sum() > self.speed(batch) * self.costs.round(rows)
         return (gains > 0) & pays
@@ -231,9 +232,19 @@ class Policy:
 
     def rates(self, slots: list[int]) -> np.ndarray:
         """Rates float64 [R, KINDS] of the nodes of each request."""
+        return self._by_manner(slots, Estimates.rates)
+
+    def _by_manner(
+        self, slots: list[int], of: Callable[[Estimates, list[Leaning]], np.ndarray]
+    ) -> np.ndarray:
+        """What ``of`` says for requests of one manner, put together: float64 [R, n]."""
         known = [self.requests[slot] for slot in slots]
-        rates = [one.manner.estimates.rates(one.leaning) for one in known]
-        return np.array(rates).reshape(len(slots), KINDS)
+        first = of(self.greedy.estimates, [one.leaning for one in known])
+        drawn = np.array([one.manner is self.drawn for one in known], np.bool_)
+        if drawn.any():
+            leanings = [one.leaning for one in known if one.manner is self.drawn]
+            first[drawn] = of(self.drawn.estimates, leanings)
+        return first
 
     def least(self, requests: int) -> float:
         """Probability below which a node is not worth a look."""

@@ -77,9 +77,7 @@ class Curve:
 
     def table(self, rows: int) -> np.ndarray:
         """Seconds float64 [rows + 1] of forwards of 0, 1, 2 ... rows; none costs nothing."""
-        if rows >= len(self._table):
-            self._table = np.array([self._at(n) for n in range(2 * rows + 1)])
-        return self._table[: rows + 1] * self.factor
+        return self._whole(rows)[: rows + 1] * self.factor
 
     def at(self, rows: int) -> float:
         """Seconds of a forward of so many rows."""
@@ -110,14 +108,21 @@ class Curve:
         self._table = np.empty(0)
 
     def _at(self, rows: int) -> float:
-        if rows <= 0:
-            return 0.0
-        last = self.sizes[-1]
-        if rows <= last or len(self.sizes) == 1:
-            behind = max(1.0, rows / last)
-            return float(np.interp(rows, self.sizes, self.seconds)) * behind
-        rise = (self.seconds[-1] - self.seconds[-2]) / (last - self.sizes[-2])
-        return self.seconds[-1] + rise * (rows - last)
+        return float(self._whole(rows)[rows])
+
+    def _whole(self, rows: int) -> np.ndarray:
+        """Seconds by rows, up to these at least, without the factor; asked for many times a step."""
+        if rows >= len(self._table):
+            last = self.sizes[-1]
+            asked = np.arange(2 * max(rows, int(last)) + 1, dtype=float)
+            self._table = np.interp(asked, self.sizes, self.seconds)
+            if len(self.sizes) == 1:
+                self._table *= np.maximum(1.0, asked / last)
+            else:
+                rise = (self.seconds[-1] - self.seconds[-2]) / (last - self.sizes[-2])
+                self._table += rise * np.maximum(0.0, asked - last)
+            self._table[0] = 0.0
+        return self._table
 
 
 @dataclass

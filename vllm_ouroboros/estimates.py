@@ -8,6 +8,7 @@ multiply to the probability that a node is accepted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -104,20 +105,36 @@ def observe(tokens, parents, kinds, text, turns, right):
     """Count for each kind how many nodes had their turn, and how many were right.
 
     ``text`` int32 [m] is what the target wrote; what it would have written behind is not known.
+    Returns how many nodes had their turn, how many were right, and how many of those that had
+    their turn should have been by the rates before.
     """
+    passed = np.empty(tokens.shape[0], np.int64)
+    path = np.empty(tokens.shape[0], np.int64)
+    had, hits, expected = 0, 0, 0.0
     node = ROOT
     for token in text:
         found = -1
         for child in range(node + 1, tokens.shape[0]):
             if parents[child] == node:
-                turns[kinds[child]] += 1
+                kind = kinds[child]
+                expected += (right[kind] + PRIOR_WEIGHT * PRIOR[kind]) / (
+                    turns[kind] + PRIOR_WEIGHT
+                )
+                passed[had] = kind
+                had += 1
                 if tokens[child] == token:
-                    right[kinds[child]] += 1
                     found = child
                     break
         if found < 0:
-            return
+            break
+        path[hits] = kinds[found]
+        hits += 1
         node = found
+    for kind in passed[:had]:
+        turns[kind] += 1
+    for kind in path[:hits]:
+        right[kind] += 1
+    return had, hits, expected
 
 
 @njit(cache=True)
@@ -152,9 +169,9 @@ class Estimates:
     turns: np.ndarray = field(default_factory=lambda: np.zeros(KINDS))
     right: np.ndarray = field(default_factory=lambda: np.zeros(KINDS))
 
-    def rates(self, leaning: Leaning) -> np.ndarray:
-        """Rates float64 [KINDS] for a request."""
-        return np.clip(leaning.of(self._rates()), 0.002, SUREST)
+    def rates(self, leanings: Sequence[Leaning]) -> np.ndarray:
+        """Rates float64 [R, KINDS] for requests that lean so."""
+        return np.clip(lean(self._rates(), leanings), 0.002, SUREST)
 
     def _rates(self) -> np.ndarray:
         return (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
@@ -174,14 +191,12 @@ class Estimates:
         Returns:
             How many nodes were right.
         """
-        turns, right = np.zeros(KINDS), np.zeros(KINDS)
-        observe(tree.tokens, tree.parents, tree.kinds, text, turns, right)
+        had, right, expected = observe(
+            tree.tokens, tree.parents, tree.kinds, text, self.turns, self.right
+        )
         if leaning is not None:
-            expected = float((turns * self._rates()).sum())
-            leaning.learn(float(right.sum()), expected, float(turns.sum()))
-        self.turns += turns
-        self.right += right
-        return float(right.sum())
+            leaning.learn(right, expected, had)
+        return float(right)
 
     def steps_saved(self, tree: DraftTree, text: np.ndarray, alone: int) -> float:
         """How many steps a tree spared a request which wrote ``text`` int32 [m].
@@ -200,6 +215,15 @@ class Estimates:
         """A step went by: what is not seen again comes back to the prior, and is tried again."""
         self.turns *= MEMORY
         self.right *= MEMORY
+
+
+def lean(rates: np.ndarray, leanings: Sequence[Leaning]) -> np.ndarray:
+    """Rates float64 [R, n] of requests that lean so, given those of all, float64 [n].
+
+    By the odds: a factor on rates near 1 would make long paths of them look sure.
+    """
+    odds = np.array([one.factor for one in leanings]).reshape(-1, 1) * rates
+    return odds / (1 - rates + odds)
 
 
 @dataclass
@@ -222,14 +246,6 @@ class Leaning:
         right = (self.right + REQUEST_WEIGHT) / (self.expected + REQUEST_WEIGHT)
         wrong = self.turns - self.right, self.turns - self.expected
         return right * (wrong[1] + REQUEST_WEIGHT) / (wrong[0] + REQUEST_WEIGHT)
-
-    def of(self, rates: np.ndarray) -> np.ndarray:
-        """Rates of this request, given those of all.
-
-        By the odds: a factor on rates near 1 would make long paths of them look sure.
-        """
-        odds = self.factor * rates
-        return odds / (1 - rates + odds)
 
     def learn(self, right: float, expected: float, turns: float) -> None:
         """So many nodes were right of those that had their turn, so many were expected to be."""

@@ -202,13 +202,15 @@ class PhrasePool:
 
     def __init__(self, capacity: int, guess_set_size: int, phrase_len: int) -> None:
         slots = -(-capacity // WAYS) * WAYS
+        # written, not zeros: the kernel hands out pages when they are first written, which took
+        # requests longer than all else that is done to insert a phrase
         self.arrays = PoolArrays(
             keys=np.full(slots, -1, np.int64),
-            stamps=np.zeros(slots, np.int64),
-            counts=np.zeros(slots, np.int32),
-            lengths=np.zeros((slots, guess_set_size), np.int32),
-            sources=np.zeros((slots, guess_set_size), np.int8),
-            tokens=np.zeros((slots, guess_set_size, phrase_len), np.int32),
+            stamps=np.full(slots, 0, np.int64),
+            counts=np.full(slots, 0, np.int32),
+            lengths=np.full((slots, guess_set_size), 0, np.int32),
+            sources=np.full((slots, guess_set_size), 0, np.int8),
+            tokens=np.full((slots, guess_set_size, phrase_len), 0, np.int32),
             clock=np.zeros(1, np.int64),
             inserted=np.zeros(len(PhraseSource), np.int64),
             hits=np.zeros(2, np.int64),

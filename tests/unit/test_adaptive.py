@@ -222,7 +222,7 @@ def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model(
         policy.meet(0, True)
         policy.learn(0, tree, 2, alone, text(1, 2, 0))
     assert policy.requests[0].worth[0] == pytest.approx(0.0, abs=0.02)
-    assert policy.greedy.estimates.rates(Leaning())[ALONE_NEW] > 0.9
+    assert policy.greedy.estimates.rates([Leaning()])[0, ALONE_NEW] > 0.9
 
 
 def test_wide_rounds_are_for_those_who_can_afford_them() -> None:

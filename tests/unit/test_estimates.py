@@ -21,6 +21,7 @@ from vllm_ouroboros.estimates import (
     Leaning,
     grade,
     kind_of,
+    lean,
 )
 from vllm_ouroboros.tree import ROOT, DraftTree, walk
 
@@ -76,10 +77,10 @@ def test_rates_come_to_what_happens_and_requests_differ() -> None:
         estimates.learn(tree, text(1 if right else 2), leaning)
         leaning.fade()
         estimates.fade()
-    assert estimates.rates(Leaning())[SURE] == pytest.approx(0.25, abs=0.05)
+    assert estimates.rates([Leaning()])[0, SURE] == pytest.approx(0.25, abs=0.05)
     assert estimates.grades()[SURE // len(Evidence)] == pytest.approx(0.25, abs=0.05)
-    assert estimates.rates(good)[SURE] > 2 * estimates.rates(bad)[SURE]
-    assert (estimates.rates(good) <= SUREST).all()
+    assert estimates.rates([good])[0, SURE] > 2 * estimates.rates([bad])[0, SURE]
+    assert (estimates.rates([good, bad]) <= SUREST).all()
     before = leaning.factor, estimates.right.sum()
     estimates.learn(tree, text(1), None)  # of a tree that was not verified
     assert leaning.factor == before[0]
@@ -88,13 +89,13 @@ def test_rates_come_to_what_happens_and_requests_differ() -> None:
 
 def test_a_request_as_good_as_others_has_their_rates() -> None:
     """And one that is better misses less, but what is all but certain has little to gain."""
-    usual, better = Leaning(10, 10, 20), Leaning(20, 10, 20)
     rates = np.array([0.0, 0.3, 0.97, 1.0])
-    np.testing.assert_allclose(usual.of(rates), rates)
-    assert (better.of(rates)[1:3] > rates[1:3]).all()
-    assert better.of(rates)[1] / rates[1] > 1.5 > 1.03 > better.of(rates)[2] / rates[2]
-    np.testing.assert_allclose(better.of(rates)[[0, 3]], [0, 1])
-    np.testing.assert_allclose(1 - Leaning(0, 10, 20).of(1 - rates), better.of(rates))
+    usual, better = lean(rates, [Leaning(10, 10, 20), Leaning(20, 10, 20)])
+    np.testing.assert_allclose(usual, rates)
+    assert (better[1:3] > rates[1:3]).all()
+    assert better[1] / rates[1] > 1.5 > 1.03 > better[2] / rates[2]
+    np.testing.assert_allclose(better[[0, 3]], [0, 1])
+    np.testing.assert_allclose(1 - lean(1 - rates, [Leaning(0, 10, 20)])[0], better)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +124,10 @@ def test_what_is_not_seen_again_is_tried_again() -> None:
     tree, estimates = tree_of([1], [ROOT], [SURE]), Estimates()
     for _ in range(50):
         estimates.learn(tree, text(2), None)
-    assert estimates.rates(Leaning())[SURE] < 0.2
+    assert estimates.rates([Leaning()])[0, SURE] < 0.2
     for _ in range(3000):
         estimates.fade()
-    assert estimates.rates(Leaning())[SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
+    assert estimates.rates([Leaning()])[0, SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
 
 
 def test_the_draft_model_says_what_it_thinks_of() -> None:
