@@ -35,6 +35,7 @@ class Step(NamedTuple):
     tokens: int  # emitted
     forwards: float  # seconds that the forwards of both models took
     decoding: bool  # whether no request was in its prompt
+    drafted: bool = False  # whether the draft model was asked
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Policy:
         for manner in (self.greedy, self.drawn):
             manner.estimates.fade()
         if last[1].requests == step.requests and step.decoding:
-            self.costs.observe_overhead(seconds - step.forwards)
+            self.costs.observe_overhead(seconds - step.forwards, step.drafted)
             self._speed(step.requests).observe(step.tokens, seconds)
 
     # -- drafting ------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class Policy:
         steps = np.minimum([max(1.0, one.manner.steps) for one in known], limits)
         gains = np.array(added) - speed * reading / steps
         self._longest = self.costs.round(rows)
-        seconds = self._rounds * self._longest
+        seconds = self._rounds * self._longest + self.costs.drafting
         able = gains > 0
         self._pays = bool(gains[able].sum() > speed * seconds)
         chosen = able if self._pays else self._looked_at(reading, seconds)

@@ -21,6 +21,9 @@ FIRST = 8  # observations that weigh more
 REACH = 3.0  # doublings of rows over which an observation counts for other sizes
 SUFFIX = ".costs.json"
 """What the name of a pool's file gets for that of the costs."""
+OUTSIDE = ("overhead", "planning", "drafting")
+"""Costs of `Costs` beside those of forwards."""
+DEAREST = 0.75  # share of the overhead that a first observation of drafting may come to
 WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
 
 
@@ -111,7 +114,7 @@ class Curve:
         return float(self._whole(rows)[rows])
 
     def _whole(self, rows: int) -> np.ndarray:
-        """Seconds by rows, up to these at least, without the factor; asked for many times a step."""
+        """Seconds by rows, up to these at least, without the factor."""
         if rows >= len(self._table):
             last = self.sizes[-1]
             asked = np.arange(2 * max(rows, int(last)) + 1, dtype=float)
@@ -134,12 +137,14 @@ class Costs:
         draft: forwards of the draft model; None without one.
         overhead: seconds of a step outside the forwards, this plugin's work included.
         planning: seconds of a round of drafting outside its forward.
+        drafting: seconds beyond overhead and rounds that a step takes which drafts.
     """
 
     target: Curve
     draft: Curve | None
     overhead: float = 0.0
     planning: float = 0.0
+    drafting: float = 0.0
 
     @classmethod
     def of(cls, shown: dict[str, Any]) -> Costs:
@@ -149,8 +154,8 @@ class Costs:
             for name in ("target", "draft")
             if name in shown
         }
-        seconds = (shown["overhead"] / 1000, shown["planning"] / 1000)
-        return cls(curves["target"], curves.get("draft"), *seconds)
+        seconds = {name: shown[name] / 1000 for name in OUTSIDE if name in shown}
+        return cls(curves["target"], curves.get("draft"), **seconds)
 
     def round(self, rows: int) -> float:
         """Seconds of a round of drafting with so many rows."""
@@ -162,9 +167,13 @@ class Costs:
             self.draft.observe(rows, forward)
             self.planning = refined(self.planning, seconds - forward, self.draft.at(rows))
 
-    def observe_overhead(self, seconds: float) -> None:
-        """A step spent so long outside forwards."""
-        self.overhead = refined(self.overhead, seconds, self.target.at(1))
+    def observe_overhead(self, seconds: float, drafted: bool = False) -> None:
+        """A step spent so long outside forwards and rounds of drafting, if it had any."""
+        if drafted and 0 < self.overhead <= seconds:
+            more = seconds - self.overhead
+            self.drafting = refined(self.drafting, more, DEAREST * self.overhead / WIDEST)
+        else:
+            self.overhead = refined(self.overhead, seconds, self.target.at(1))
 
     def as_dict(self) -> dict[str, Any]:
         """Milliseconds, by name, as shown to people."""
@@ -174,9 +183,7 @@ class Costs:
             for name, curve in curves.items()
             if curve is not None
         }
-        shown["overhead"] = round(1000 * self.overhead, 3)
-        shown["planning"] = round(1000 * self.planning, 3)
-        return shown
+        return shown | {name: round(1000 * getattr(self, name), 3) for name in OUTSIDE}
 
     def save(self, pool_path: str) -> Path:
         """Write `as_dict` beside a pool's file, in one go; returns where.

@@ -60,6 +60,7 @@ class DraftRounds:
         self.sampler: TokenSampler | None = None  # the runner's, once there is one
         self.policy: Policy | None = None  # once costs are measured
         self.spent = 0.0  # seconds that the last rounds took
+        self.drafted = False  # whether there were any
         self._last_rows = 1  # of the last round
         self._width = Width.FULL
 
@@ -121,13 +122,13 @@ class DraftRounds:
         self.cache.catch_up(runner, prompts, token_ids, 0)
         able = state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
         slots, rows = slots[able], rows[able]
-        begin = self.clock.now()
-        if len(slots):
+        begin, self.drafted = self.clock.now(), bool(len(slots))
+        if self.drafted:
             assert self.sampler is not None
             sampling = DraftSampling(self.sampler, runner, self.drafting, requests)
             self._run(runner, slots, rows, token_ids, sampling, batch)
         end = self.clock.now()
-        if self.policy is not None and len(slots):
+        if self.policy is not None and self.drafted:
             self.policy.observe_drafting(end - begin)
         self.cache.mark(runner, [*late, *prompts])
         self.spent = end - start

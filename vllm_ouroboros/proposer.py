@@ -202,12 +202,13 @@ class OuroborosProposer:
 
     def _end_step(self, emitted: list[list[int]]) -> None:
         if self.policy is not None:
-            spent = self.rounds.spent if self.rounds else 0.0
+            rounds = self.rounds
             step = Step(
                 requests=len(emitted),
                 tokens=sum(map(len, emitted)),
-                forwards=self.forward_seconds + spent,
+                forwards=self.forward_seconds + (rounds.spent if rounds else 0.0),
                 decoding=all(emitted),
+                drafted=rounds is not None and rounds.drafted,
             )
             self.policy.end_step(step, self.clock.now())
 

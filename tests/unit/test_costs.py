@@ -53,6 +53,12 @@ def test_costs_follow_what_is_seen() -> None:
     assert one.factor < 1.2 * before
     one.observe(0, 5.0)
     costs = Costs(curve(1.0, 0.0), None)
+    costs.observe_overhead(0.5, drafted=True)  # for want of a step without a draft
+    assert (costs.overhead, costs.drafting) == (0.5, 0)
+    costs.observe_overhead(0.75, drafted=True)
+    assert (costs.overhead, costs.drafting) == (0.5, 0.25)
+    costs.observe_overhead(1e9, drafted=True)
+    assert costs.drafting < 0.3
     costs.observe_overhead(0.5)
     assert costs.overhead == 0.5
     costs.observe_overhead(1e9)
