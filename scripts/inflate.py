@@ -15,8 +15,9 @@ Its config.json has `inflated_from`.
 
 \b
 preset         hidden  layers  heads       ffn    vocabulary  parameters
+demo   target    1024       8   16/8 of 64   2816      4096      0.10 B
 cpu    target    1024      24   16/8 of 64   4096      4096      0.38 B
-cpu    draft      128       2    2/1 of 64    352      4096      0.9 M, the shipped draft
+both   draft      128       2    2/1 of 64    352      4096      0.9 M, the shipped draft
 8b     target    4096      32  64/16 of 64  14336    128256      7.50 B, as Llama 3 8B
 8b     draft     2048      16   32/8 of 64   8192    128256      1.24 B, as Llama 3.2 1B
 34b    target    8192      48 128/16 of 64  22016     32000     33.48 B, as Code Llama 34B
@@ -72,6 +73,7 @@ console = Console(stderr=True)
 
 
 class Preset(str, Enum):
+    demo = "demo"
     cpu = "cpu"
     llama_8b = "8b"
     llama_34b = "34b"

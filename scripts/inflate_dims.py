@@ -127,6 +127,7 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab:
 # What a preset does not name stays as in the source: the head size always does, so models with
 # heads of 128 are given twice as many of 64. Projections and KV cache have the same bytes then.
 PRESETS: dict[str, dict[str, dict]] = {
+    "demo": {"target": _sizes(1024, 8, 16, 8, 2816), "draft": {}},
     "cpu": {"target": _sizes(1024, 24, 16, 8, 4096), "draft": {}},
     # Llama 3 8B and Llama 3.2 1B
     "8b": {

@@ -171,7 +171,7 @@ class Bench:
                     other.failure = f"round {number + 1}: does not start: {error}"
             return
         run = RunSpec(
-            prompts=self.plan.prompts,
+            prompts=self.plan.prompts[: cell.load.prompts],
             batch=cell.load.batch,
             max_tokens=self.plan.max_tokens,
             ignore_eos=self.plan.ignore_eos,
@@ -260,13 +260,14 @@ def _progress(plan: Plan, *, live: bool) -> Iterator[Progressed]:
 
         yield lines
         return
-    runs = plan.rounds * len(plan.loads) * sum(not m.missing for m in plan.methods)
+    runs = plan.rounds * sum(not m.missing for m in plan.methods)
+    prompts = sum(len(plan.prompts[: load.prompts]) for load in plan.loads)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} prompts"), TimeElapsedColumn(),
         console=console, transient=True,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=runs * len(plan.prompts))
+        task = progress.add_task("", total=runs * prompts)
 
         def bar(what: str, advance: int) -> None:
             if advance:

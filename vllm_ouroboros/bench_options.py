@@ -97,7 +97,7 @@ def plan(
         methods=tuple(found),
         prompts=measured,
         others=others,
-        loads=_loads(chosen["batch"], rates),
+        loads=_loads(chosen["batch"], rates, len(measured)),
         rounds=chosen["rounds"],
         max_tokens=chosen["max_tokens"],
         max_model_len=min(max_model_len, _positions(target) or max_model_len),
@@ -153,12 +153,18 @@ def _methods(text: str | None) -> list[str]:
     return [VANILLA, *names]  # what all others are compared with
 
 
-def _loads(batch: str, rates: str | None) -> tuple[Load, ...]:
-    loads = [] if batch == "none" else [Load(b) for b in _list(batch, "--batch", _count, "1,8")]
+def _loads(batch: str, rates: str | None, prompts: int) -> tuple[Load, ...]:
+    loads = [] if batch == "none" else _list(batch, "--batch", _batch, "1,8 or 1:12,8:64")
     if rates is not None:
         loads += [Load(rate=rate) for rate in _list(rates, "--rates", _rate, "0.5,1,2")]
     if not loads:
         raise OptionError("--batch none: leaves nothing to measure; give --rates as well")
+    for load in loads:
+        if load.prompts is not None and load.prompts > prompts:
+            raise OptionError(
+                f"--batch {batch}: batch {load.batch} wants {load.prompts} prompts and there are "
+                f"{prompts}; take fewer, or more with --limit and --prompts"
+            )
     return tuple(dict.fromkeys(loads))
 
 
@@ -173,6 +179,11 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
         raise ValueError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _batch(text: str) -> Load:
+    batch, colon, prompts = text.partition(":")
+    return Load(_count(batch), prompts=_count(prompts) if colon else None)
 
 
 def _rate(text: str) -> float:

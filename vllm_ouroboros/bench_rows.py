@@ -21,10 +21,14 @@ RESAMPLES, SEED = 4000, 0
 
 @dataclass(frozen=True)
 class Load:
-    """A batch size, or the rate of a server's requests a second."""
+    """A batch size, or the rate of a server's requests a second.
+
+    ``prompts`` is how many of the prompts it takes; None: all.
+    """
 
     batch: int | None = None
     rate: float | None = None
+    prompts: int | None = None
 
     def __str__(self) -> str:
         return f"batch {self.batch}" if self.rate is None else f"{self.rate:g} requests/s"

@@ -154,7 +154,11 @@ def bench(
         int | None, typer.Option(min=1, help="Node budget of a tree. Default: γ + K·β.")
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Requests at a time, a list; 'none' for rates alone. [1]")
+        str | None,
+        typer.Option(
+            help="Requests at a time, a list such as 1:12,8:64 (with how many of the prompts); "
+            "'none' for rates alone. [1]"
+        ),
     ] = None,
     rates: Annotated[
         str | None,

@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from vllm_ouroboros.bench_facts import inflated
 from vllm_ouroboros.demo_engine import EngineResult, Generation
 
 if TYPE_CHECKING:
@@ -171,6 +172,13 @@ def _show_totals(
         f"timed passes: {job.rounds} (median), each from an empty phrase pool.",
         style="dim",
     )
+    for role, model in (("Target", job.model), ("Draft model", job.draft_model)):
+        if (origin := inflated(model)) is not None:
+            console.print(
+                f"{role}: {origin}, inflated. It writes what the small model writes and costs what "
+                "one of its size costs.",
+                style="dim",
+            )
 
 
 def _speeds(rows: Sequence[Comparison]) -> dict[str, float]:

@@ -246,6 +246,13 @@ def test_rows_of_a_whole_benchmark(tmp_path: Path) -> None:
     assert bench_report.all_well(bench._with_dtype(rows, given))
 
 
+def test_a_load_may_take_fewer_prompts(tmp_path: Path) -> None:
+    given = plan(tmp_path, methods("vanilla", "ngram"), loads=(Load(1, prompts=1), Load(2)))
+    rows = run(given)[0].rows()
+    assert [row["prompts"] for row in rows] == [1, 1, len(PROMPTS), len(PROMPTS)]
+    assert all(row["outputs_equal"] == row["prompts"] for row in rows)
+
+
 def test_a_failed_run_fails_its_cell_alone(tmp_path: Path) -> None:
     given = plan(tmp_path, methods("vanilla", "ngram"))
     found, log = run(given, lambda m, spec: m.name == "ngram" and spec.batch == 1)

@@ -104,6 +104,8 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
         ("--draft-tokens", "3,x"): "--draft-tokens 3,x: 'x' is not a whole number from 1 on",
         ("--batch", "0"): "--batch 0: '0' is not a whole number from 1 on; for example",
         ("--batch", "none"): "--batch none: leaves nothing to measure; give --rates",
+        ("--batch", "1:x"): "--batch 1:x: 'x' is not a whole number from 1 on; for example",
+        ("--batch", "1,8:16"): "batch 8 wants 16 prompts and there are 12; take fewer, or more",
         ("--rates", "0"): "--rates 0: '0' is not a number above 0",
         ("--rates", "inf"): "'inf' is not a number above 0",
         ("--ngram", "2-4"): "'2-4' is not MIN-MAX-K",
@@ -135,7 +137,7 @@ def test_a_plan_of_all_options(tmp_path: Path, model: str, plans: list[bench.Pla
     prompts.write_text("a\nb\nc\nd\na\n")
     result = invoke(
         "--model", model, "--draft-model", model, "--prompts", str(prompts), "--limit", "2",
-        "--methods", "ngram,ouroboros-warm", "--ngram", "1-3-4,2-2-8", "--batch", "1,8,1",
+        "--methods", "ngram,ouroboros-warm", "--ngram", "1-3-4,2-2-8", "--batch", "1,8:1,1",
         "--rates", "0.5,2", "--rounds", "5", "--max-tokens", "64", "--dtype", "bfloat16",
         "--ouroboros-config", '{"draft_tokens": 4}', "--nodes", "16", "--enforce-eager",
         "--out", str(tmp_path / "o.jsonl"),
@@ -144,7 +146,7 @@ def test_a_plan_of_all_options(tmp_path: Path, model: str, plans: list[bench.Pla
     plan = plans[0]
     assert plan.prompts == ("a", "b")
     assert plan.others == ("c", "d")  # never one that is measured
-    assert plan.loads == (Load(1), Load(8), Load(rate=0.5), Load(rate=2.0))
+    assert plan.loads == (Load(1), Load(8, prompts=1), Load(rate=0.5), Load(rate=2.0))
     assert [m.name for m in plan.methods] == ["vanilla", "ngram", "ngram", "ouroboros-warm"]
     assert plan.methods[-1].speculative == {
         "model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 16,

@@ -91,6 +91,14 @@ def test_demo_says_why_it_is_slower(monkeypatch: pytest.MonkeyPatch, model: str)
     assert "took 87.0 ms for 2.00 tokens, a step of vanilla vLLM 21.7 ms for one" in output
 
 
+def test_demo_says_what_was_inflated(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """A larger model that writes what a small one writes is no example of its kind."""
+    ours = [[1, 2, 3, 4, 5, 6], [7, 8] * 20]
+    assert "inflated" not in run_demo(monkeypatch, model, ours).output
+    Path(model, "config.json").write_text('{"inflated_from": {"source": "tiny-code/target"}}')
+    assert "Target: tiny-code/target, inflated." in run_demo(monkeypatch, model, ours).output
+
+
 def test_demo_different(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     result = run_demo(monkeypatch, model, [[1, 2, 9, 4, 5, 6], [7, 8] * 20])
     assert result.exit_code == 1

@@ -164,6 +164,8 @@ def test_fill_is_random_and_without_denormals(tmp_path: Path):
 @pytest.mark.parametrize(
     "preset, role, millions",
     [
+        ("demo", "target", 98.6),
+        ("demo", "draft", 0.9),
         ("cpu", "target", 381.7),
         ("cpu", "draft", 0.9),
         ("8b", "target", 7504.9),
