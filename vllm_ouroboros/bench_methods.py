@@ -148,12 +148,12 @@ def _suffix() -> Method:
 def _ours(
     name: str, options: dict[str, Any], draft_model: str | None, nodes: int | None, others: int
 ) -> Method:
-    options = {"draft_model": draft_model} | options
     missing = None
     if name == "lookahead":
-        options["draft_model"] = None
-    elif options["draft_model"] is None:
-        missing = "no draft model: give --draft-model"
+        options = options | {"draft_model": None}
+    elif "draft_model" not in options:  # else it is a setting, null included
+        options = options | {"draft_model": draft_model}
+        missing = "no draft model: give --draft-model" if draft_model is None else None
     if options.get("pool_path") is not None:
         raise ConfigError(
             f"ouroboros.pool_path = {options['pool_path']!r}: the benchmark says itself what a "
@@ -185,6 +185,8 @@ def _setting(config: OuroborosConfig, options: dict[str, Any], nodes: int) -> st
         text = f"adaptive {sizes}, at most {nodes} nodes"
     else:
         text = f"γ={config.draft_tokens} K={config.num_suffixes} {sizes}, {nodes} nodes"
+    if options["draft_model"] is None:
+        text += ", no draft model"
     shown = {"draft_model", "adaptive", "draft_tokens", "num_suffixes", "phrase_len", "window_size"}
     shown.add("guess_set_size")
     return text + "".join(f", {key}={options[key]}" for key in sorted(options.keys() - shown))
