@@ -14,6 +14,7 @@ from enum import IntEnum
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from vllm_ouroboros.tree import ROOT, DraftTree, child_of
 
@@ -100,6 +101,12 @@ def kind_of(grade, evidence):
     return grade * _EVIDENCES + evidence
 
 
+@register_jitable
+def rate(turns, right, prior):
+    """Rate at which nodes are right, given the prior and what was counted; numbers or arrays."""
+    return (right + PRIOR_WEIGHT * prior) / (turns + PRIOR_WEIGHT)
+
+
 @njit(cache=True)
 def observe(tokens, parents, kinds, text, turns, right):
     """Count for each kind how many nodes had their turn, and how many were right.
@@ -117,9 +124,7 @@ def observe(tokens, parents, kinds, text, turns, right):
         for child in range(node + 1, tokens.shape[0]):
             if parents[child] == node:
                 kind = kinds[child]
-                expected += (right[kind] + PRIOR_WEIGHT * PRIOR[kind]) / (
-                    turns[kind] + PRIOR_WEIGHT
-                )
+                expected += rate(turns[kind], right[kind], PRIOR[kind])
                 passed[had] = kind
                 had += 1
                 if tokens[child] == token:
@@ -174,14 +179,14 @@ class Estimates:
         return np.clip(lean(self._rates(), leanings), 0.002, SUREST)
 
     def _rates(self) -> np.ndarray:
-        return (self.right + PRIOR_WEIGHT * PRIOR) / (self.turns + PRIOR_WEIGHT)
+        return rate(self.turns, self.right, PRIOR)
 
     def grades(self) -> np.ndarray:
         """Rates float64 [GRADES] whatever the pool says."""
         shape = (GRADES, len(Evidence))
         turns, right = self.turns.reshape(shape).sum(1), self.right.reshape(shape).sum(1)
         prior = PRIOR.reshape(shape)[:, Evidence.NONE]
-        return (right + PRIOR_WEIGHT * prior) / (turns + PRIOR_WEIGHT)
+        return rate(turns, right, prior)
 
     def learn(self, tree: DraftTree, text: np.ndarray, leaning: Leaning | None) -> float:
         """The target wrote ``text`` int32 [m] where a tree with kinds was expected.
