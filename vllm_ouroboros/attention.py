@@ -20,8 +20,8 @@ from vllm_ouroboros.attention_kernel import tree_attention
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.tree_step import KeptKV, TreeStep
 
-BITS = {torch.bfloat16: (torch.uint16, np.uint32(16)), torch.float32: (torch.uint32, np.uint32(0))}
-"""Types that the kernel reads: as what, and how far up their bits are moved for float32."""
+BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
+"""Types that the kernel reads, and as what."""
 
 
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -121,12 +121,13 @@ def attend(
         window: sliding window; 0 or less: none.
         soft_cap: of the scores; 0: none.
     """
-    table = tree.block_table
+    table = tree.table
     if kv_cache.dtype not in BITS:  # float16: the pages that are needed, widened
-        used, table = table.unique(return_inverse=True)
+        used, places = tree.block_table.unique(return_inverse=True)
+        table = places.to(torch.int32).numpy()
         kv_cache = kv_cache.index_select(0, used.long()).float()
         query, key, value = query.float(), key.float(), value.float()
-    bits, shift = BITS[kv_cache.dtype]
+    bits = BITS[kv_cache.dtype]
     num_blocks, num_kv, block_size, double = kv_cache.shape
     pages = kv_cache.view(num_blocks, num_kv, 2, block_size * double // 2)
     # contiguous, all but the cache: the kernel is compiled once for each layout it meets
@@ -136,9 +137,8 @@ def attend(
     )
     out = torch.empty(q.shape)
     tree_attention(
-        q, pages.view(bits).numpy(), shift, table.to(torch.int32).contiguous().numpy(),
-        tree.contexts, tree.starts, k, v, tree.mask.numpy(), np.float32(scale), window,
-        np.float32(soft_cap), out.numpy(),
+        q, pages.view(bits).numpy(), table, tree.contexts, tree.starts, k, v, tree.mask,
+        np.float32(scale), window, np.float32(soft_cap), out.numpy(),
     )  # fmt: skip
     return out
 
@@ -162,7 +162,7 @@ def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> Non
     one = TreeStep(
         rows=torch.zeros(1, dtype=torch.int64), starts=np.array([0, 1]),
         contexts=np.array([block_size]), block_table=torch.ones(1, 1, dtype=torch.int32),
-        mask=torch.ones(1, 1, dtype=torch.int32), num_rows=1,
+        mask=np.ones((1, 1), np.int32), num_rows=1,
     )  # fmt: skip
     got = attend(one, query, keys[-1:], values[-1:], cache, scale=1.0)
     weights = (keys[:, 0].float() @ query[0, 0].float()).softmax(0)

@@ -34,7 +34,7 @@ class OuroborosCPURunner(TreeRunner, CPUModelRunner):
             starts=query_start_loc.astype(np.int64),
             contexts=context_lens.astype(np.int64),
             block_table=torch.empty(0),
-            mask=torch.from_numpy(mask),
+            mask=mask,
             num_rows=num_rows,
             keep=keep,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ class TreeStep:
     starts: np.ndarray
     contexts: np.ndarray
     block_table: torch.Tensor
-    mask: torch.Tensor
+    mask: np.ndarray
     num_rows: int
     keep: bool = True
     kept: dict[str, KeptKV] = field(default_factory=dict)
@@ -56,6 +57,11 @@ class TreeStep:
     def covers_all(self) -> bool:
         """Whether no row of the forward needs the native kernel."""
         return self.rows.shape[0] == self.num_rows
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The block table int32, contiguous, as every layer's kernel reads it."""
+        return self.block_table.to(torch.int32).contiguous().numpy()
 
     def write(self, moves: torch.Tensor) -> None:
         """Copy accepted rows to their canonical KV slots, in every layer that was run.

@@ -105,7 +105,7 @@ class Forward:
             starts=np.array([0, *np.cumsum(sizes)], np.int64),
             contexts=np.array([self.contexts[r] for r in trees], np.int64),
             block_table=self.table[torch.tensor(trees)],
-            mask=torch.from_numpy(self.mask[flat, :words].copy()),
+            mask=self.mask[flat, :words].copy(),
             num_rows=self.total,
         )
 
