@@ -86,7 +86,7 @@ class Policy:
         """A request is to be drafted for; a new one is like others that choose as it does."""
         known = self.requests.get(slot)
         if known is None:
-            self.requests[slot] = Known.new(self.greedy if greedy else self.drawn)
+            self.requests[slot] = Known(self.greedy if greedy else self.drawn)
         else:
             known.go_on()
 
@@ -288,4 +288,4 @@ class Policy:
             batch, more = len(self.requests), len(text) - 1 - right
             seconds = saved * self.plain_step(batch) / batch
             seconds -= (size - len(alone.tokens) - more) * self._row(batch)  # rows that were wrong
-            known.compare(self.speed(batch) * seconds, 1 / batch)
+            known.compare(self.speed(batch) * seconds)

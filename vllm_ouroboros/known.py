@@ -10,7 +10,8 @@ from vllm_ouroboros.estimates import Estimates, Leaning
 
 SMOOTH = 0.05  # weight of a new step in averages
 FORGET = 0.98  # what a step leaves of the steps before it, in counts
-STALE = 20  # steps after which an observation counts twice
+STALE = 20  # steps after which what was observed before is forgotten twice as fast
+OTHERS = 8.0  # observations of its own that what others saw counts for to a new request
 PROMISES = np.array([0.3, 0.8, 1.6, 3.2])
 """Bounds between classes of steps: the tokens that a tree without the draft model promises. What
 that model spares is known for each class apart: little where phrases do well."""
@@ -41,24 +42,22 @@ class Known:
     Attributes:
         manner: of those that it is like as long as little is known of itself.
         leaning: how its nodes differ from theirs.
-        worth: float64 [classes], what drafting spares it, as the tokens that the batch makes in
-            that time.
+        spared: float64 [classes], what drafting spared it in all, as `Manner.worth`, of late.
+        drafted: float64 [classes], in so many steps.
+        others: steps that what others saw counts for.
         promise: class of its step.
         since: steps since a worth was seen.
         steps: that it has taken.
     """
 
     manner: Manner
-    leaning: Leaning
-    worth: np.ndarray
+    leaning: Leaning = field(default_factory=Leaning)
+    spared: np.ndarray = field(default_factory=lambda: np.zeros(len(PROMISES) + 1))
+    drafted: np.ndarray = field(default_factory=lambda: np.zeros(len(PROMISES) + 1))
+    others: float = OTHERS
     promise: int = 0
     since: int = 0
     steps: int = 0
-
-    @classmethod
-    def new(cls, manner: Manner) -> Known:
-        """A request of which nothing is known yet."""
-        return cls(manner, Leaning(), manner.worth.copy())
 
     def go_on(self) -> None:
         """It takes another step."""
@@ -75,17 +74,26 @@ class Known:
         self.promise = int(np.searchsorted(PROMISES, promised))
         self.manner.seen *= FORGET
         self.manner.seen[self.promise] += 1
-        return float(self.worth[self.promise])
+        return float(self.worth(self.promise))
+
+    def worth(self, at: int | slice = slice(None)) -> np.ndarray:
+        """What drafting spares it in a step of a class, or of each, in tokens."""
+        known = self.spared[at] + self.others * self.manner.worth[at]
+        return known / (self.drafted[at] + self.others)
 
     @property
     def usual(self) -> float:
         """What drafting spares in a step as they come, in tokens."""
-        return float(np.average(self.worth, weights=self.manner.seen))
+        return float(np.average(self.worth(), weights=self.manner.seen))
 
-    def compare(self, worth: float, share: float) -> None:
-        """Drafting spared the time of so many tokens; the request is a ``share`` of its batch."""
+    def compare(self, worth: float) -> None:
+        """Drafting spared the time of so many tokens."""
         at, shared = self.promise, self.manner.worth
-        weight = min(0.5, SMOOTH * (1 + self.since / STALE))
-        self.worth[at] += weight * (worth - self.worth[at])
-        shared[at] += SMOOTH / 2 * share * (worth - shared[at])
+        memory = (1 - SMOOTH) ** (1 + self.since / STALE)
+        self.spared *= memory
+        self.drafted *= memory
+        self.others *= memory
+        self.spared[at] += worth
+        self.drafted[at] += 1
+        shared[at] += SMOOTH * (worth - shared[at])
         self.since = 0

@@ -146,7 +146,7 @@ def test_the_draft_model_is_asked_where_phrases_promise_little() -> None:
             policy.learn(0, tree, 2, pool, text(1, 2, 0))
     assert drafts_of(policy, 0, promised=0.1).all()
     assert not drafts_of(policy, 0, promised=1.9).any()
-    assert policy.requests[0].usual == pytest.approx(policy.requests[0].worth[[0, 3]].mean(), 0.1)
+    assert policy.requests[0].usual == pytest.approx(policy.requests[0].worth()[[0, 3]].mean(), 0.1)
 
 
 def test_drafts_that_are_never_verified_end() -> None:
@@ -159,6 +159,21 @@ def test_drafts_that_are_never_verified_end() -> None:
             policy.learn(0, tree, 0, tree.prefix(0), text(9))
     assert not drafts_of(policy, 0).any()
     assert policy.rates([0])[0][SURE] < 0.5  # the text says that it would have been wrong
+
+
+def test_many_requests_learn_together_that_drafting_does_not_pay() -> None:
+    """A batch need not find out for each of its requests what it saw in others."""
+    slots = range(32)
+    policy, steps = policy_of(0.0, 1.0, *slots), 0
+    tree = tree_of([1], [ROOT], [SURE])
+    while drafts_of(policy, *slots).any():
+        steps += 1
+        for slot in slots:
+            policy.meet(slot, True)
+            policy.learn(slot, tree, 0, tree.prefix(0), text(9))
+    assert 0 < steps < 4 + LOOK
+    policy.meet(32, True)
+    assert policy.requests[32].worth(0) < 0.3  # was 1
 
 
 def test_a_text_is_read_for_what_drafting_will_bring() -> None:
@@ -184,7 +199,7 @@ def test_a_look_reads_little() -> None:
     policy = Policy(Costs(curve(1.0, 0.0), curve(0.01, 0.01)))
     for slot in range(2):
         policy.meet(slot, True)
-        policy.requests[slot].worth[:] = -1.0
+    policy.greedy.worth[:] = -1.0
     lags, limits = np.array([900, 20]), np.full(2, 26)
     chosen = []
     for now in range(400):
@@ -221,7 +236,7 @@ def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model(
     for _ in range(100):
         policy.meet(0, True)
         policy.learn(0, tree, 2, alone, text(1, 2, 0))
-    assert policy.requests[0].worth[0] == pytest.approx(0.0, abs=0.02)
+    assert policy.requests[0].worth(0) == pytest.approx(0.0, abs=0.02)
     assert policy.greedy.estimates.rates([Leaning()])[0, ALONE_NEW] > 0.9
 
 
