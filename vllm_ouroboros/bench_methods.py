@@ -170,7 +170,7 @@ def _ours(
         )
     return Method(
         name,
-        _setting(config, options, budget),
+        _setting(config, options, budget, draft_model),
         rule=WARM.format(others) if warm else COLD,
         speculative={"model": PROPOSER, "num_speculative_tokens": budget},
         ouroboros=options,
@@ -179,7 +179,9 @@ def _ours(
     )
 
 
-def _setting(config: OuroborosConfig, options: dict[str, Any], nodes: int) -> str:
+def _setting(
+    config: OuroborosConfig, options: dict[str, Any], nodes: int, usual: str | None
+) -> str:
     sizes = f"β={config.phrase_len} W={config.window_size} G={config.guess_set_size}"
     if config.adaptive:
         text = f"adaptive {sizes}, at most {nodes} nodes"
@@ -187,6 +189,8 @@ def _setting(config: OuroborosConfig, options: dict[str, Any], nodes: int) -> st
         text = f"γ={config.draft_tokens} K={config.num_suffixes} {sizes}, {nodes} nodes"
     if options["draft_model"] is None:
         text += ", no draft model"
+    elif options["draft_model"] != usual:
+        text += f", draft model {options['draft_model']}"
     shown = {"draft_model", "adaptive", "draft_tokens", "num_suffixes", "phrase_len", "window_size"}
     shown.add("guess_set_size")
     return text + "".join(f", {key}={options[key]}" for key in sorted(options.keys() - shown))

@@ -44,8 +44,8 @@ def test_methods_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_each_config_is_a_setting() -> None:
     configs = [{}, {"draft_tokens": 4, "num_suffixes": 0, "pool_capacity": 128}]
-    configs += [{"draft_model": None, "adaptive": False}]
-    one, two, three = build(
+    configs += [{"draft_model": None, "adaptive": False}, {"draft_model": "other"}]
+    one, two, three, four = build(
         ["ouroboros-cold"], draft_model="d", draft_tokens=[], ngrams=[], configs=configs,
         nodes=None, others=1,
     )  # fmt: skip
@@ -53,6 +53,7 @@ def test_each_config_is_a_setting() -> None:
     assert two.setting == "adaptive β=6 W=10 G=10, at most 4 nodes, pool_capacity=128"
     assert three.setting == "γ=8 K=3 β=6 W=10 G=10, 26 nodes, no draft model"
     assert three.missing is None  # it is what the setting asks for
+    assert four.setting == "adaptive β=6 W=10 G=10, at most 26 nodes, draft model other"
 
 
 # -- statistics --------------------------------------------------------------------------------
