@@ -12,6 +12,7 @@ SMOOTH = 0.05  # weight of a new step in averages
 FORGET = 0.98  # what a step leaves of the steps before it, in counts
 STALE = 20  # steps after which what was observed before is forgotten twice as fast
 OTHERS = 8.0  # observations of its own that what others saw counts for to a new request
+LEAST = 0.01  # what remains of that
 PROMISES = np.array([0.3, 0.8, 1.6, 3.2])
 """Bounds between classes of steps: the tokens that a tree without the draft model promises. What
 that model spares is known for each class apart: little where phrases do well."""
@@ -92,7 +93,7 @@ class Known:
         memory = (1 - SMOOTH) ** (1 + self.since / STALE)
         self.spared *= memory
         self.drafted *= memory
-        self.others *= memory
+        self.others = max(LEAST, self.others * memory)
         self.spared[at] += worth
         self.drafted[at] += 1
         shared[at] += SMOOTH * (worth - shared[at])

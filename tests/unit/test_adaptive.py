@@ -176,6 +176,13 @@ def test_many_requests_learn_together_that_drafting_does_not_pay() -> None:
     assert policy.requests[32].worth(0) < 0.3  # was 1
 
 
+def test_a_request_without_end_still_hears_of_others() -> None:
+    policy = policy_of(0.0, 1.0, 0)
+    for _ in range(20000):
+        policy.requests[0].compare(0.5)  # steps of its class alone
+    assert policy.requests[0].worth(1) == pytest.approx(policy.greedy.worth[1])
+
+
 def test_a_text_is_read_for_what_drafting_will_bring() -> None:
     """Long prompts with short answers are left unread."""
     policy = Policy(Costs(curve(1.0, 0.0), curve(0.001, 0.01)))
