@@ -75,7 +75,7 @@ class FakeDraft:
             for i in range(end - first):
                 path = range(i + 1)
                 if tree is not None:
-                    mask = tree.mask[first + i].numpy().view(np.uint32)
+                    mask = tree.mask[first + i].view(np.uint32)
                     path = [j for j in range(end - first) if mask[j // 32] >> (j % 32) & 1]
                     assert path[-1] == i
                 sequence = (*past, *(int(tokens[first + j]) for j in path))
