@@ -25,7 +25,7 @@ FLOOR = 0.01  # probability below which a node is never worth its host work
 EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
 LOOK = 4  # steps that a look at drafts takes
 TRUSTED = 8  # steps until the speed of a batch is known
-CAUTION = 1.3  # what a row must bring of its cost: of many nodes, those overrated look best
+DOUBT = 2.5  # what the odds of a node are divided by: of many, those overrated look best
 
 
 class Step(NamedTuple):
@@ -113,8 +113,9 @@ class Policy:
         return (target.at(9 * requests) - target.at(requests)) / (8 * requests)
 
     def row_worth(self, requests: int) -> float:
-        """Tokens that a node must promise."""
-        return CAUTION * self.speed(requests) * self._row(requests)
+        """Probability that a node must have; above 1 where no row is worth its time."""
+        price = self.speed(requests) * self._row(requests)
+        return DOUBT * price / (1 - price + DOUBT * price) if price < 1 else price
 
     def end_step(self, step: Step, now: float) -> None:
         """A step ended ``now`` (seconds of any clock), together with the draft for the next one."""
@@ -261,8 +262,9 @@ class Policy:
         flat = np.concatenate([*probabilities, np.empty(0)])
         order = np.argsort(-flat, kind="stable")
         seconds = self.costs.target.table(batch + len(flat))[batch:]
-        promised = np.concatenate([[0.0], np.cumsum(flat[order])])
-        best = int(np.argmax(promised - CAUTION * self.speed(batch) * seconds))
+        doubted = flat / (DOUBT - (DOUBT - 1) * flat)
+        promised = np.concatenate([[0.0], np.cumsum(doubted[order])])
+        best = int(np.argmax(promised - self.speed(batch) * seconds))
         owner = np.repeat(np.arange(len(probabilities)), [len(p) for p in probabilities])
         return np.bincount(owner[order[:best]], minlength=len(probabilities))
 

@@ -13,18 +13,30 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.estimates import ALONE, BEYOND, UNLIKELY, Evidence, grade, kind_of
-from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, context_of, find, key_of
+from vllm_ouroboros.estimates import (
+    ALONE,
+    BEYOND,
+    COUNTS,
+    OTHERWISE,
+    SHARES,
+    START,
+    UNLIKELY,
+    Evidence,
+    grade,
+    kind_of,
+)
+from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, find, key_of
 from vllm_ouroboros.tree import ROOT, NodeSource
 
 _DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)
 _GUESS, _GUESS_ON = int(Evidence.GUESS), int(Evidence.GUESS_GOES_ON)
-_OLD, _NEW, _SOLE = int(Evidence.OLD), int(Evidence.NEW), int(Evidence.SOLE)
-_ON = int(Evidence.GOES_ON)
-_STEP = int(Evidence.OLD_2) - _OLD  # from the evidence of one context to that of the next
+_SAID, _ON = int(Evidence.SAID), int(Evidence.GOES_ON)
+_NONE, _COUNTED = int(Evidence.NONE), int(Evidence.COUNTED)
 FRONT = 256  # nodes that wait to be taken, at most
 CHILDREN = 32  # of a node, at most
+TIE = 1e-6  # what a share counts beside a rate: between children of one kind
+LEAST_LEFT = 1e-6  # of the draft model's odds, where all were given away
 DRAWN = (0.45, 0.25, 0.15, 0.1)
 """What branches of a request that samples are taken for, by rank; the last one also for what
 follows them."""
@@ -69,21 +81,23 @@ def _offer(children, count, token, grade_, evidence, slot, phrase, place):
 
 
 @njit(cache=True)
-def _from_draft(req, s, chain_at, follow, children):
-    """The draft model's children of a node: its own token, then its other choices."""
+def _from_draft(req, s, chain_at, follow, children, odds):
+    """The draft model's children of a node: its own token, then its other choices.
+
+    ``odds`` gets its probability of each; below zero where there is none.
+    """
     count = 0
+    odds[:] = -1.0
     at = chain_at + 1
     if 0 <= at < req.chain_len[s]:
-        sure = req.confidence[s, at]
-        count = _offer(children, 0, req.chain[s, at], grade(sure), 0, -1, 0, 0)
-        children[0, _CHAIN] = at
-        left = 1.0 - sure
+        count = _offer(children, 0, req.chain[s, at], 0, 0, -1, 0, 0)
+        children[0, _CHAIN], odds[0] = at, req.confidence[s, at]
         for k in range(req.others.shape[2]):
             if req.others[s, at, k] >= 0:
-                odds = req.odds[s, at, k]
-                share = min(1.0, odds / max(left, 1e-6))
-                count = _offer(children, count, req.others[s, at, k], grade(share), 0, -1, 0, 0)
-                left -= odds
+                before = count
+                count = _offer(children, count, req.others[s, at, k], 0, 0, -1, 0, 0)
+                if count > before:
+                    odds[before] = req.odds[s, at, k]
         if at < req.branches.shape[1]:
             for k in range(req.branches.shape[2]):
                 if req.branches[s, at, k] >= 0:
@@ -99,41 +113,59 @@ def _from_draft(req, s, chain_at, follow, children):
 
 
 @njit(cache=True)
-def _from_pool(pool, scope, context, unknown, going, children, count):
+def _from_pool(pool, scope, context, unknown, going, children, shares, count):
     """The pool's children of a node that the tokens ``context`` lead to.
 
     ``going`` is the slot, number and next place of the phrase that led here, slot -1 for none.
+    ``shares`` gets what was counted for each child, its evidence the class of that.
     """
     slot, g, place = going
     if slot >= 0 and place < pool.lengths[slot, g]:
-        evidence = _ON
-        if pool.sources[slot, g] == _WINDOW:
-            evidence = _GUESS_ON
-        else:
-            evidence += _STEP * context_of(pool.keys[slot])
-        count = _offer(
-            children, count, pool.tokens[slot, g, place], unknown, evidence, slot, g, place + 1
-        )
-    for long in range(len(CONTEXTS) - 1, -1, -1):
-        if len(context) < CONTEXTS[long]:
-            continue
-        slot = find(pool, scope, key_of(context, len(context), long))
-        if slot < 0:
-            continue
-        newest = _SOLE
-        for g in range(1, pool.counts[slot]):
-            if pool.sources[slot, g] != _WINDOW and (
-                pool.tokens[slot, g, 0] != pool.tokens[slot, 0, 0]
-            ):
-                newest = _NEW
-        for g in range(pool.counts[slot]):
-            evidence = newest if g == 0 else _OLD
-            if pool.sources[slot, g] == _WINDOW:
-                evidence = _GUESS
-            else:
-                evidence += _STEP * long
-            count = _offer(children, count, pool.tokens[slot, g, 0], unknown, evidence, slot, g, 1)
+        evidence = _GUESS_ON if pool.sources[slot, g] == _WINDOW else _ON
+        token = pool.tokens[slot, g, place]
+        count = _offer(children, count, token, unknown, evidence, slot, g, place + 1)
+    shares[:] = START
+    counted = False
+    for long in range(len(CONTEXTS)):
+        slot = -1
+        if len(context) >= CONTEXTS[long]:
+            slot = find(pool, scope, key_of(context, len(context), long))
+        if slot >= 0:
+            for g in range(pool.counts[slot]):
+                evidence = _COUNTED if pool.times[slot, g] > 0 else _SAID
+                if pool.sources[slot, g] == _WINDOW:
+                    evidence = _GUESS
+                token = pool.tokens[slot, g, 0]
+                count = _offer(children, count, token, unknown, evidence, slot, g, 1)
+            counted |= _count(pool, slot, OTHERWISE[long], children, count, shares)
+    for i in range(count):
+        evidence = children[i, _EVIDENCE]
+        if counted and evidence in (_COUNTED, _NONE):
+            children[i, _EVIDENCE] = _COUNTED + np.searchsorted(SHARES, shares[i])
     return count
+
+
+@njit(cache=True)
+def _count(pool, slot, otherwise, children, count, shares):
+    """Blend ``shares`` with what was counted in a slot, which stands for a longer context.
+
+    A child goes on along the newest phrase of the longest context. Returns whether anything was
+    counted.
+    """
+    times, total = np.zeros(shares.shape[0]), 0.0
+    for g in range(pool.counts[slot] - 1, -1, -1):  # backwards: the newest speaks last
+        if pool.sources[slot, g] == _WINDOW or pool.times[slot, g] == 0:
+            continue
+        total += pool.times[slot, g]
+        for i in range(count):
+            if children[i, _TOKEN] == pool.tokens[slot, g, 0]:
+                times[i] += pool.times[slot, g]
+                children[i, _SLOT], children[i, _PHRASE], children[i, _PLACE] = slot, g, 1
+    weight = min(1.0, COUNTS / max(total, 1.0))
+    for i in range(shares.shape[0]):
+        seen = weight * times[i] + otherwise * shares[i]
+        shares[i] = seen / (weight * total + otherwise)
+    return total > 0
 
 
 @njit(cache=True)
@@ -154,19 +186,30 @@ def _context(tokens, parents, node, text, known, tail):
 
 
 @njit(cache=True)
-def _wait(front, waiting, children, count, parent, reached, rates, least):
-    """Put the children of a node among those that wait, by what is left for each."""
-    left = reached
-    rate = np.empty(count)
-    for i in range(count):
-        rate[i] = rates[kind_of(children[i, _GRADE], children[i, _EVIDENCE])]
-    for i in np.argsort(-rate, kind="mergesort"):  # stable: the newest phrase first
-        probability = left * rate[i]
+def _wait(front, waiting, children, shares, odds, count, parent, reached, rates, least):
+    """Put the children of a node among those that wait: the likeliest one first, then by what that
+    leaves for the others.
+    """
+    left, unsaid = reached, 1.0
+    taken = np.zeros(count, np.bool_)
+    for _ in range(count):
+        best, most = -1, 0.0
+        for i in range(count):
+            if taken[i]:
+                continue
+            if odds[i] >= 0:
+                children[i, _GRADE] = grade(odds[i] / max(unsaid, odds[i], LEAST_LEFT))
+            rate = rates[kind_of(children[i, _GRADE], children[i, _EVIDENCE])]
+            if best < 0 or rate + TIE * shares[i] > most + TIE * shares[best]:
+                best, most = i, rate
+        probability = left * most
         if probability < least or waiting == front.probability.shape[0]:
             break
+        taken[best] = True
         left -= probability
+        unsaid -= max(0.0, odds[best])
         front.probability[waiting] = probability
-        front.columns[waiting] = children[i]
+        front.columns[waiting] = children[best]
         front.columns[waiting, _PARENT] = parent
         waiting += 1
     return waiting
@@ -190,6 +233,7 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
     """
     front = _Front(np.empty(FRONT), np.empty((FRONT, 9), np.int32))
     children = np.empty((CHILDREN, 9), np.int32)
+    shares, odds = np.empty(CHILDREN), np.empty(CHILDREN)
     tail = np.empty(CONTEXTS[-1], np.int32)
     for r in range(slots.shape[0]):
         s = slots[r]
@@ -205,7 +249,8 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
                 ended = ended or (node != ROOT and token == stop)
             if not ended:
                 on_chain = (node == ROOT or chain_at >= 0) and not alone
-                count = _from_draft(req, s, chain_at if on_chain else -2, follow, children)
+                place = chain_at if on_chain else -2
+                count = _from_draft(req, s, place, follow, children, odds)
                 held = _context(tokens, parents, node, token_ids[rows[r]], known, tail)
                 context = tail[tail.shape[0] - held :]
                 unknown = BEYOND
@@ -213,8 +258,12 @@ def grow_best(req, pool, slots, rows, token_ids, rates, least, stops, alone, ran
                     unknown = ALONE
                 elif on_chain and chain_at + 1 < req.chain_len[s]:
                     unknown = UNLIKELY
-                count = _from_pool(pool, req.scope[s], context, unknown, going, children, count)
-                waiting = _wait(front, waiting, children, count, node, reached, rates[r], least)
+                count = _from_pool(
+                    pool, req.scope[s], context, unknown, going, children, shares, count
+                )
+                waiting = _wait(
+                    front, waiting, children, shares, odds, count, node, reached, rates[r], least
+                )
             if waiting == 0:
                 break
             best = 0

@@ -128,10 +128,11 @@ class Drafting:
     def commit(self, slot: int, text, length: int, source: PhraseSource) -> None:
         """Feed the pool what was committed since the last call; ``text[:length]`` is all of it."""
         fed = self.state.fed
-        fed[slot] = insert_text(
+        insert_text(
             self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
             self.contexts,
         )  # fmt: skip
+        fed[slot] = length
 
     def start(self, slot: int, known: int, limit: int, capacity: int, narrow: bool = False) -> None:
         """Begin a draft of at most ``limit`` nodes after ``known`` committed tokens.

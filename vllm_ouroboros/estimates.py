@@ -28,55 +28,48 @@ GRADES = ALONE + 1
 
 
 class Evidence(IntEnum):
-    """What the pool says for a token, from nothing to most."""
+    """What the pool says for a token; what it counted behind the tokens before it comes after these
+    (see `SHARES`)."""
 
-    NONE = 0
+    NONE = 0  # nothing at all
     GUESS = 1  # a phrase of the Jacobi window begins with it
     GUESS_GOES_ON = 2  # it continues one whose tokens before it are on the path
-    OLD = 3  # a phrase from text that is not the newest one of its key
-    NEW = 4  # the newest
-    SOLE = 5  # the same, where no phrase of the key begins with another token
-    GOES_ON = 6  # it continues such a phrase
-    OLD_2 = 7  # the same for phrases that two tokens lead to,
-    NEW_2 = 8
-    SOLE_2 = 9
-    GOES_ON_2 = 10
-    OLD_4 = 11  # four,
-    NEW_4 = 12
-    SOLE_4 = 13
-    GOES_ON_4 = 14
-    OLD_8 = 15  # eight,
-    NEW_8 = 16
-    SOLE_8 = 17
-    GOES_ON_8 = 18
-    OLD_24 = 19  # and twenty-four
-    NEW_24 = 20
-    SOLE_24 = 21
-    GOES_ON_24 = 22
+    SAID = 3  # the target said so where a draft went wrong
+    GOES_ON = 4  # it continues a phrase of text
+    COUNTED = 5  # with the least share
 
 
-_EVIDENCES = len(Evidence)
-KINDS = GRADES * _EVIDENCES
+START = 0.3
+"""Share of a token where nothing was counted."""
+OTHERWISE = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Times that the share by shorter contexts weighs against what was counted behind one of
+`CONTEXTS`: the share of a token is its part of what was counted, smoothed from context to context
+(the Dirichlet prior of hierarchical language models)."""
+COUNTS = 3.0  # times that what was counted behind a context weighs, at most
+SHARES = 1 / (1 + np.exp(-np.array(
+    [-3.0, -2.0, -1.3, -0.7, -0.2, 0.3, 0.8, 1.3, 1.8, 2.4, 3.0, 3.7, 4.5, 5.5]
+)))  # fmt: skip
+"""Bounds between classes of shares."""
+EVIDENCES = int(Evidence.COUNTED) + len(SHARES) + 1
+KINDS = GRADES * EVIDENCES
 PRIOR_WEIGHT, MEMORY = 6.0, 0.998  # observations that the prior is worth; decay for each step
 REQUEST_WEIGHT, REQUEST_MEMORY = 6.0, 0.9  # the same for a request; decay for each of its steps
-SUREST = 0.995  # rate that no node goes beyond
+SUREST = 0.998  # rate that no node goes beyond
 
 
 def _prior() -> np.ndarray:
-    grades = np.array([0.08, 0.2, 0.38, 0.55, 0.7, 0.78, 0.82, 0.92, 0.04])
-    # of what the pool says: nothing and guesses, then OLD, NEW, SOLE and GOES_ON by context
+    grades = np.array([0.15, 0.28, 0.43, 0.58, 0.73, 0.85, 0.9, 0.96, 0.15])
+    # of what the pool says: nothing, two guesses, said elsewhere, goes on; then shares, ascending
     alone = np.array([
-        [0.03, 0.18, 0.39, 0.45], [0.2, 0.33, 0.7, 0.66],
-        [0.28, 0.5, 0.82, 0.78], [0.4, 0.68, 0.97, 0.95],
-        [0.5, 0.8, 0.99, 0.985],
+        0.01, 0.1, 0.3, 0.03, 0.3,
+        0.02, 0.04, 0.06, 0.13, 0.21, 0.41, 0.59, 0.71,
+        0.83, 0.88, 0.915, 0.955, 0.977, 0.988, 0.997,
     ])  # fmt: skip
     speaks = np.array([
-        [0.2, 0.6, 1.4, 0.9], [0.6, 0.9, 1.4, 1.6],
-        [0.6, 1.0, 2.0, 2.0], [0.7, 1.6, 4.2, 3.5],
-        [0.7, 1.6, 5.2, 4.5],
+        0.0, 0.1, 0.3, -0.5, 0.5,
+        -1.0, -0.4, -0.2, 0.1, 0.25, 0.5, 0.9, 1.2,
+        1.8, 2.0, 2.3, 3.2, 3.5, 3.7, 4.4,
     ])  # fmt: skip
-    alone = np.concatenate([[0.01, 0.1, 0.3], alone.ravel()])
-    speaks = np.concatenate([[0.0, 0.1, 0.3], speaks.ravel()])
     odds = np.log(grades / (1 - grades))[:, None] + speaks
     return np.concatenate([1 / (1 + np.exp(-odds)), alone[None], alone[None]]).ravel()
 
@@ -98,7 +91,7 @@ def grade(probability):
 @njit(cache=True)
 def kind_of(grade, evidence):
     """Kind of a node."""
-    return grade * _EVIDENCES + evidence
+    return grade * EVIDENCES + evidence
 
 
 @register_jitable
@@ -158,7 +151,7 @@ def surprises(tokens, parents, kinds, text, first, by_phrase):
         if depth == first:
             lacking += 1.0
         elif depth > first:
-            lacking += 1.0 - by_phrase[kinds[node] % _EVIDENCES]
+            lacking += 1.0 - by_phrase[kinds[node] % EVIDENCES]
     return lacking
 
 
@@ -183,7 +176,7 @@ class Estimates:
 
     def grades(self) -> np.ndarray:
         """Rates float64 [GRADES] whatever the pool says."""
-        shape = (GRADES, len(Evidence))
+        shape = (GRADES, EVIDENCES)
         turns, right = self.turns.reshape(shape).sum(1), self.right.reshape(shape).sum(1)
         prior = PRIOR.reshape(shape)[:, Evidence.NONE]
         return rate(turns, right, prior)
@@ -213,7 +206,7 @@ class Estimates:
         """
         if len(text) - 1 < alone:
             return -1.0
-        by_phrase = self._rates().reshape(GRADES, _EVIDENCES)[ALONE]
+        by_phrase = self._rates().reshape(GRADES, EVIDENCES)[ALONE]
         return surprises(tree.tokens, tree.parents, tree.kinds, text, alone, by_phrase)
 
     def fade(self) -> None:

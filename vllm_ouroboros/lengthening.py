@@ -119,7 +119,7 @@ def learn(pool, scope, root, tokens, parents, sources, size, predicted):
                 if at < 0:
                     break
             if length > 1:
-                insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION)
+                insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION, 1)
     for node in range(-1, size):
         if tried[node + 1]:
             key = tokens[node] if node >= 0 else root
@@ -145,4 +145,4 @@ def _correct(pool, scope, key, start, tokens, parents, size, predicted):
             corrected[i] = predicted[node + 1]
             held += 1
             node = child
-        insert(pool, scope, key, corrected, 0, held, _VERIFICATION)
+        insert(pool, scope, key, corrected, 0, held, _VERIFICATION, 0)

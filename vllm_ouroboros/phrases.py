@@ -26,6 +26,8 @@ CONTEXTS = (1, 2, 4, 8, 24)
 FIRST_HASH = 2**31
 """Keys below are tokens, those from here to 2^32 stand for several in a row."""
 _HASH_BITS = 28  # what is left of a key behind the number of its context
+MOST = 255
+"""Times that a phrase is counted up to; then those of its key count half."""
 
 
 class PhraseSource(IntEnum):
@@ -48,6 +50,7 @@ class PoolArrays(NamedTuple):
     counts: np.ndarray  # int32 [S], phrases in the slot
     lengths: np.ndarray  # int32 [S, G], tokens of each phrase
     sources: np.ndarray  # int8 [S, G], PhraseSource
+    times: np.ndarray  # uint8 [S, G], that it was seen behind its key, of late
     tokens: np.ndarray  # int32 [S, G, β]
     clock: np.ndarray  # int64 [1]
     inserted: np.ndarray  # int64 [4], insertions by PhraseSource
@@ -102,13 +105,14 @@ def _claim(pool, scope, token):
 
 
 @njit(cache=True)
-def insert(pool, scope, token, phrase, start, length, source):
-    """Put ``phrase[start:start+length]`` among the phrases of ``token``.
+def insert(pool, scope, token, phrase, start, length, source, times):
+    """Put ``phrase[start:start+length]``, seen so many ``times``, among the phrases of ``token``.
 
     It becomes the first; a guess of the window only the first of the guesses. A phrase that
-    repeats, extends or is the beginning of one already there takes its place: the longer of the
-    two is kept, and a guess never moves a phrase that is none. A new phrase pushes out the last
-    one when the slot is full, unless it is a guess and the slot holds none.
+    repeats, extends or is the beginning of one already there takes its place, and its times come
+    on top: the longer of the two is kept, and a guess never moves a phrase that is none. A new
+    phrase pushes out the last one when the slot is full, unless it is a guess and the slot holds
+    none.
     """
     length = min(length, pool.tokens.shape[2])
     if length <= 0:
@@ -133,12 +137,14 @@ def insert(pool, scope, token, phrase, start, length, source):
         if (place >= 0 and place < target) or target == pool.tokens.shape[1]:
             return
     kept = length
+    seen = np.int64(times)
     if place < 0:
         if count < pool.tokens.shape[1]:
             pool.counts[slot] = count + 1
         place = pool.counts[slot] - 1
     else:
         kept = max(length, pool.lengths[slot, place])
+        seen += pool.times[slot, place]
     # element by element, which compiles to far less than slices do; column by column, so that one
     # token is all there is to save
     for i in range(pool.tokens.shape[2]):
@@ -149,8 +155,14 @@ def insert(pool, scope, token, phrase, start, length, source):
     for g in range(place, target, -1):
         pool.lengths[slot, g] = pool.lengths[slot, g - 1]
         pool.sources[slot, g] = pool.sources[slot, g - 1]
+        pool.times[slot, g] = pool.times[slot, g - 1]
     pool.lengths[slot, target] = kept
     pool.sources[slot, target] = source
+    if seen > MOST:
+        for g in range(pool.counts[slot]):
+            pool.times[slot, g] //= 2
+        seen //= 2
+    pool.times[slot, target] = seen
     pool.inserted[source] += 1
 
 
@@ -168,36 +180,26 @@ def key_of(text, end, context):
 
 
 @njit(cache=True)
-def context_of(key):
-    """Number of the context of a key, its scope above it or not."""
-    if key & FIRST_HASH == 0:
-        return 0
-    return (key >> _HASH_BITS) & 7
+def insert_text(pool, scope, text, fed, end, source, contexts=1):
+    """Feed ``text[:end]``, whose first ``fed`` tokens were fed before.
 
-
-@njit(cache=True)
-def insert_text(pool, scope, text, start, end, source, contexts=1):
-    """Feed ``text[start:end]``: each token becomes a key of what follows it, up to ``end``.
-
-    So do the tokens before it, for the first ``contexts`` of `CONTEXTS`.
-
-    Returns where the next call must start, so that the phrases which the end of the text cut
-    short grow to β tokens once more text is known.
+    Each token becomes a key of what follows it, and so do the tokens before it, for the first
+    ``contexts`` of `CONTEXTS`. Phrases that the end of the text cut short last time grow to β
+    tokens.
     """
     beta = pool.tokens.shape[2]
-    for i in range(start, end - 1):
+    for i in range(max(0, fed - beta), end - 1):
         length = min(beta, end - 1 - i)
         for context in range(contexts):
             if i + 1 >= CONTEXTS[context]:
                 key = key_of(text, i + 1, context)
-                insert(pool, scope, key, text, i + 1, length, source)
-    return max(start, end - beta)
+                insert(pool, scope, key, text, i + 1, length, source, i + 1 >= fed)
 
 
 class PhrasePool:
     """A pool of at most ``capacity`` keys, rounded up to whole sets.
 
-    Memory in bytes: ``capacity * (20 + G * (5 + 4 * β))``; see `bytes`.
+    Memory in bytes: ``capacity * (20 + G * (6 + 4 * β))``; see `bytes`.
     """
 
     def __init__(self, capacity: int, guess_set_size: int, phrase_len: int) -> None:
@@ -210,6 +212,7 @@ class PhrasePool:
             counts=np.full(slots, 0, np.int32),
             lengths=np.full((slots, guess_set_size), 0, np.int32),
             sources=np.full((slots, guess_set_size), 0, np.int8),
+            times=np.full((slots, guess_set_size), 0, np.uint8),
             tokens=np.full((slots, guess_set_size, phrase_len), 0, np.int32),
             clock=np.zeros(1, np.int64),
             inserted=np.zeros(len(PhraseSource), np.int64),
@@ -234,7 +237,8 @@ class PhrasePool:
     def insert(self, token: int, phrase, source: PhraseSource, scope: int = 0) -> None:
         """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)
-        insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source))
+        times = source != PhraseSource.WINDOW
+        insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source), times)
 
     def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:
         """Feed a text: every token becomes the key of what follows it."""

@@ -29,15 +29,24 @@ import numpy as np
 import safetensors.numpy
 from numba import njit
 
-from vllm_ouroboros.phrases import FIRST_HASH, PhrasePool, PhraseSource, PoolArrays, insert
+from vllm_ouroboros.phrases import (
+    FIRST_HASH,
+    MOST,
+    PhrasePool,
+    PhraseSource,
+    PoolArrays,
+    insert,
+)
 
 FORMAT = "vllm-ouroboros phrase pool"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
 
-# key [m] (a token, or below zero what stands for several), length [m] and `PhraseSource` [m] of m
-# phrases; their tokens [m, β], then zeros
-_DTYPES = {"keys": "int32", "lengths": "int32", "sources": "int8", "tokens": "int32"}
+# key [m] (a token, or below zero what stands for several), length [m], `PhraseSource` [m] and times
+# seen [m] of m phrases; their tokens [m, β], then zeros
+_DTYPES = {
+    "keys": "int32", "lengths": "int32", "sources": "int8", "times": "uint8", "tokens": "int32",
+}  # fmt: skip
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
 _TEMP_SUFFIX = ".ouroboros-tmp"
 _FIX = "move it away or set another pool_path"
@@ -269,7 +278,7 @@ def _mark(status: os.stat_result) -> tuple[int, ...]:
 def _snapshot(pool: PoolArrays) -> tuple[np.ndarray, ...]:
     """Copies of the slots of scope 0 (a free slot has the key -1)."""
     slots = np.nonzero(pool.keys >> 32 == 0)[0]
-    return tuple(column[slots] for column in pool[:6])  # keys to tokens
+    return tuple(column[slots] for column in pool[:7])  # keys to tokens
 
 
 def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.ndarray]:
@@ -278,13 +287,13 @@ def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.
     Free places hold what was there before, of any scope: none of it may get into the file.
     """
     order = np.argsort(snapshot[1])
-    keys, _, counts, lengths, sources, tokens = (column[order] for column in snapshot)
+    keys, _, counts, lengths, sources, times, tokens = (column[order] for column in snapshot)
     tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
     held = np.arange(tokens.shape[1]) < counts[:, None]
     held &= ((tokens >= 0) & (tokens < vocab_size)).all(2)
     held &= ((keys < vocab_size) | (keys >= FIRST_HASH))[:, None]
     signed = keys.astype(np.uint32).view(np.int32)
-    rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, tokens
+    rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, times, tokens
     # backwards, since the first phrase of a slot is to be inserted last
     return {name: r[:, ::-1][held[:, ::-1]] for name, r in zip(_DTYPES, rows, strict=True)}
 
@@ -295,16 +304,20 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
     *columns, shape = (tensors[name].shape for name in _DTYPES)
     if kinds != _DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
         raise ValueError("other tensors than expected")
-    bounds = ((-FIRST_HASH, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, vocab_size))
+    bounds = (
+        (-FIRST_HASH, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, MOST + 1),
+        (0, vocab_size),
+    )  # fmt: skip
     for name, (low, high) in zip(_DTYPES, bounds, strict=True):
         if ((tensors[name] < low) | (tensors[name] >= high)).any():
             raise ValueError(f"{name} out of range")
 
 
 @njit(cache=True)
-def _refill(pool, keys, lengths, sources, tokens):
+def _refill(pool, keys, lengths, sources, times, tokens):
     """Insert the rows of a file."""
     texts = tokens.ravel()
     for row in range(keys.shape[0]):
         key = np.int64(keys[row]) & 0xFFFFFFFF
-        insert(pool, 0, key, texts, row * tokens.shape[1], lengths[row], sources[row])
+        first = row * tokens.shape[1]
+        insert(pool, 0, key, texts, first, lengths[row], sources[row], times[row])

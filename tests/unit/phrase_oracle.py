@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 import numpy as np
 from hypothesis import strategies as st
 
-from vllm_ouroboros.phrases import WAYS, PhrasePool, PhraseSource, _first_slot
+from vllm_ouroboros.phrases import MOST, WAYS, PhrasePool, PhraseSource, _first_slot
 
 
 class Oracle:
@@ -19,7 +19,8 @@ class Oracle:
 
     def __init__(self, slots: int, guesses: int, beta: int) -> None:
         self.slots, self.guesses, self.beta = slots, guesses, beta
-        self.sets: dict[int, OrderedDict[tuple[int, int], list[tuple[tuple[int, ...], int]]]] = {}
+        # sets by first slot: keys with their phrases, each with its source and its times
+        self.sets: dict[int, OrderedDict[tuple[int, int], list[tuple]]] = {}
         self.inserted = Counter()
 
     def set_of(self, scope: int, token: int) -> OrderedDict:
@@ -28,7 +29,7 @@ class Oracle:
         assert 0 <= first < self.slots
         return self.sets.setdefault(first, OrderedDict())
 
-    def insert(self, scope, token, phrase, source) -> None:
+    def insert(self, scope, token, phrase, source, times) -> None:
         phrase = tuple(phrase)[: self.beta]
         if not phrase:
             return
@@ -44,9 +45,11 @@ class Oracle:
             return  # a guess moves nothing that is better than a guess
         if same is not None:
             phrases.remove(same)
-            phrase = max(same[0], phrase, key=len)
-        phrases.insert(len(trusted) if guess else 0, (phrase, source))
+            phrase, times = max(same[0], phrase, key=len), times + same[2]
+        phrases.insert(len(trusted) if guess else 0, (phrase, source, times))
         del phrases[self.guesses :]
+        if times > MOST:
+            phrases[:] = [(*old[:2], old[2] // 2) for old in phrases]
         self.inserted[source] += 1
 
     def lookup(self, scope, token) -> list[tuple[int, ...]]:
@@ -54,11 +57,18 @@ class Oracle:
         if (scope, token) not in keys:
             return []
         keys.move_to_end((scope, token))
-        return [phrase for phrase, _ in keys[scope, token]]
+        return [phrase for phrase, *_ in keys[scope, token]]
 
     def held(self) -> dict[tuple[int, int], list[tuple[int, ...]]]:
         return {
-            key: [phrase for phrase, _ in phrases]
+            key: [phrase for phrase, *_ in phrases]
+            for keys in self.sets.values()
+            for key, phrases in keys.items()
+        }
+
+    def times(self) -> dict[tuple[int, int], list[int]]:
+        return {
+            key: [times for *_, times in phrases]
             for keys in self.sets.values()
             for key, phrases in keys.items()
         }
@@ -80,6 +90,16 @@ def contents(pool: PhrasePool) -> dict[tuple[int, int], list[tuple[int, ...]]]:
             tuple(a.tokens[slot, g, : a.lengths[slot, g]].tolist()) for g in range(a.counts[slot])
         ]
     return found
+
+
+def times(pool: PhrasePool) -> dict[tuple[int, int], list[int]]:
+    """How often each phrase of `contents` was seen."""
+    a = pool.arrays
+    return {
+        (int(key >> 32), int(key & 0xFFFFFFFF)): seen[:count].tolist()
+        for key, seen, count in zip(a.keys, a.times, a.counts, strict=True)
+        if key >= 0
+    }
 
 
 TOKENS = st.integers(0, 30)

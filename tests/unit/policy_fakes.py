@@ -9,7 +9,7 @@ from vllm_ouroboros.estimates import ALONE, GRADES, Evidence, kind_of
 from vllm_ouroboros.tree import DraftTree, NodeSource
 
 SURE = kind_of(GRADES - 4, Evidence.NONE)
-ALONE_NEW = kind_of(ALONE, Evidence.NEW)
+ALONE_COUNTED = kind_of(ALONE, Evidence.COUNTED + 6)
 
 
 def tree_of(tokens: list[int], parents: list[int], kinds: list[int]) -> DraftTree:

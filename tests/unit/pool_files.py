@@ -76,6 +76,7 @@ def tensors(**changes) -> dict[str, np.ndarray]:
         "keys": np.array([3, 4], np.int32),
         "lengths": np.array([2, 1], np.int32),
         "sources": np.array([0, 3], np.int8),
+        "times": np.array([1, 7], np.uint8),
         "tokens": np.array([[5, 6], [7, 0]], np.int32),
         **changes,
     }

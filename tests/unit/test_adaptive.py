@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ouroboros.adaptive import CAUTION, IDLE, LOOK, TRUSTED, Policy, Step
+from vllm_ouroboros.adaptive import DOUBT, IDLE, LOOK, TRUSTED, Policy, Step
 from vllm_ouroboros.costs import Costs, Curve
 from vllm_ouroboros.estimates import KINDS, Leaning
 from vllm_ouroboros.tree import ROOT
 
-from .policy_fakes import ALONE_NEW, SURE, curve, text, tree_of
+from .policy_fakes import ALONE_COUNTED, SURE, curve, text, tree_of
 
 
 def policy_of(row: float, draft: float, *slots: int, fixed: float = 1.0) -> Policy:
@@ -28,17 +28,18 @@ def policy_of(row: float, draft: float, *slots: int, fixed: float = 1.0) -> Poli
     others=st.integers(0, 3),
 )
 def test_sizes_are_worth_the_most(gains, row, others) -> None:
-    """No other number of the best nodes makes more tokens, the time of their rows taken off; that
-    counts for a little more than it is, since the best of many estimates are too good.
+    """No other number of the best nodes makes more tokens, the time of their rows taken off; their
+    odds count for less than they are, since the best of many estimates are too good.
     """
     policy = policy_of(row, 0.0)
     trees = [np.sort(np.array(g))[::-1] for g in gains]
     batch = len(trees) + others
     sizes = policy.sizes(trees, batch)
     speed, flat = policy.speed(batch), np.sort(np.concatenate(trees))[::-1]
+    odds = flat / (1 - flat) / DOUBT
+    doubted = odds / (1 + odds)
     worth = [
-        flat[:n].sum() - CAUTION * speed * policy.costs.target.at(batch + n)
-        for n in range(len(flat) + 1)
+        doubted[:n].sum() - speed * policy.costs.target.at(batch + n) for n in range(len(flat) + 1)
     ]
     assert worth[sizes.sum()] == pytest.approx(max(worth))
     taken = sum(tree[:n].sum() for tree, n in zip(trees, sizes, strict=True))
@@ -137,7 +138,10 @@ def test_only_those_are_drafted_for_whom_it_helps() -> None:
 def test_the_draft_model_is_asked_where_phrases_promise_little() -> None:
     """The same request drafts in one step and not in another, by what it finds in the pool."""
     policy = policy_of(0.01, 0.1, 0)
-    tree, pool = tree_of([1, 2], [ROOT, 0], [SURE] * 2), tree_of([1, 2], [ROOT, 0], [ALONE_NEW] * 2)
+    tree, pool = (
+        tree_of([1, 2], [ROOT, 0], [SURE] * 2),
+        tree_of([1, 2], [ROOT, 0], [ALONE_COUNTED] * 2),
+    )
     for _ in range(200):
         policy.meet(0, True)
         if drafts_of(policy, 0).any():
@@ -239,12 +243,12 @@ def test_a_cost_that_was_measured_wrong_is_found_out() -> None:
 def test_what_the_pool_would_have_done_alone_does_not_count_for_the_draft_model() -> None:
     policy = policy_of(0.0, 0.1)
     tree = tree_of([1, 2], [ROOT, 0], [SURE] * 2)
-    alone = tree_of([1, 2], [ROOT, 0], [ALONE_NEW] * 2)
+    alone = tree_of([1, 2], [ROOT, 0], [ALONE_COUNTED] * 2)
     for _ in range(100):
         policy.meet(0, True)
         policy.learn(0, tree, 2, alone, text(1, 2, 0))
     assert policy.requests[0].worth(0) == pytest.approx(0.0, abs=0.02)
-    assert policy.greedy.estimates.rates([Leaning()])[0, ALONE_NEW] > 0.9
+    assert policy.greedy.estimates.rates([Leaning()])[0, ALONE_COUNTED] > 0.9
 
 
 def test_wide_rounds_are_for_those_who_can_afford_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,13 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.best_first import DRAWN
+from vllm_ouroboros.best_first import DRAWN, TIE
 from vllm_ouroboros.drafting import OTHERS, Drafting
-from vllm_ouroboros.estimates import ALONE, BEYOND, KINDS, UNLIKELY, Evidence, grade
-from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource, insert_text, key_of
+from vllm_ouroboros.estimates import (
+    ALONE,
+    BEYOND,
+    COUNTS,
+    EVIDENCES,
+    GRADES,
+    KINDS,
+    OTHERWISE,
+    SHARES,
+    START,
+    UNLIKELY,
+    Evidence,
+    grade,
+)
+from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource, insert, insert_text, key_of
 from vllm_ouroboros.tree import ROOT, NodeSource
 
 from .fakes import node_paths
+
+GUESSES = (Evidence.GUESS, Evidence.GUESS_GOES_ON)
 
 
 class Child(NamedTuple):
@@ -28,6 +44,8 @@ class Child(NamedTuple):
     rest: tuple[int, ...] = ()  # of the phrase that speaks for it most
     place: int | None = None  # in the chain
     follow: int = -1
+    odds: float | None = None  # the draft model's probability
+    share: float = START  # of what was counted
 
 
 def thoughts(world, slot: int, node: Child) -> list[Child]:
@@ -39,58 +57,109 @@ def thoughts(world, slot: int, node: Child) -> list[Child]:
         return []
     at = node.place + 1
     sure = float(state.confidence[slot, at])
-    found, left = [Child(int(state.chain[slot, at]), grade(sure), place=at)], 1 - sure
+    found = [Child(int(state.chain[slot, at]), 0, place=at, odds=sure)]
     for k in range(OTHERS):
         token, odds = int(state.others[slot, at, k]), float(state.odds[slot, at, k])
-        found.append(Child(token, grade(min(1, odds / max(left, 1e-6)))))
-        left -= odds * (token >= 0)
+        found.append(Child(token, 0, odds=odds))
     for k in range(state.branches.shape[2] if at < state.branches.shape[1] else 0):
         token, follow = int(state.branches[slot, at, k]), int(state.follow[slot, at, k])
         found.append(Child(token, grade(DRAWN[k]), follow=follow))
     return [child for child in found if child.token >= 0]
 
 
+class Phrase(NamedTuple):
+    tokens: tuple[int, ...]
+    guess: bool
+    times: int
+
+
+def phrases_of(world, slot: int, text: list[int]) -> list[list[Phrase]]:
+    """What the pool holds behind the end of a text, by context."""
+    pool, scope = world.drafting.pool, int(world.drafting.state.scope[slot])
+    tokens, held = np.array(text, np.int32), []
+    for context in [i for i, n in enumerate(CONTEXTS) if n <= len(text)]:
+        key = key_of(tokens, len(text), context)
+        [at] = np.nonzero(pool.arrays.keys == (scope << 32 | key))
+        found = pool.lookup(key, scope)
+        columns = (
+            column[at].ravel().tolist() for column in (pool.arrays.sources, pool.arrays.times)
+        )
+        rows = zip(found, *columns, strict=False)
+        held.append([Phrase(p, source == PhraseSource.WINDOW, n) for p, source, n in rows])
+    return held
+
+
+def share_of(token: int, held: list[list[Phrase]]) -> float:
+    """The share of a token of what was counted, from the shortest context to the longest."""
+    share = START
+    for otherwise, phrases in zip(OTHERWISE, held, strict=False):
+        counted = Counter()
+        for phrase in phrases:
+            if not phrase.guess:
+                counted[phrase.tokens[0]] += phrase.times
+        total = counted.total()
+        weight = min(total, COUNTS) / total if total else 0
+        share = (weight * counted[token] + otherwise * share) / (weight * total + otherwise)
+    return share
+
+
 def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
     """All that may stand behind a node, at the end of ``text``."""
-    pool, scope = world.drafting.pool, int(world.drafting.state.scope[slot])
     thought = thoughts(world, slot, node)
     unknown = UNLIKELY if thought and node.place is not None else BEYOND
     if world.alone or not world.drafting.state.chain_len[slot]:
         unknown = ALONE
-    on = [e for e in Evidence if "GOES_ON" in e.name]
-    known = [(min(e for e in on if e >= node.evidence), node.rest)] if node.rest else []
-    tokens, olds = np.array(text, np.int32), [e for e in Evidence if "OLD" in e.name]
-    for context in reversed([i for i, n in enumerate(CONTEXTS) if n <= len(text)]):
-        key, old = key_of(tokens, len(text), context), olds[context]
-        at = pool.arrays.keys == (scope << 32 | key)
-        phrases = pool.lookup(key, scope)
-        guesses = (pool.arrays.sources[at] == PhraseSource.WINDOW).ravel()[: len(phrases)]
-        firsts = {phrase[0] for phrase, guess in zip(phrases, guesses, strict=True) if not guess}
-        for g, (phrase, guess) in enumerate(zip(phrases, guesses, strict=True)):
-            newest = 2 if len(firsts) == 1 else 1
-            known.append((Evidence.GUESS if guess else old + newest * (g == 0), phrase))
+    on = Evidence.GUESS_GOES_ON if node.evidence in GUESSES else Evidence.GOES_ON
+    known = [(on, node.rest)] if node.rest else []
+    held = phrases_of(world, slot, text)
+    for phrase in (phrase for phrases in held for phrase in phrases):
+        said = Evidence.COUNTED if phrase.times else Evidence.SAID
+        known.append((Evidence.GUESS if phrase.guess else said, phrase.tokens))
     found: dict[int, Child] = {}
     for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
         there = found.setdefault(child.token, child)
         if child.evidence > there.evidence:
             found[child.token] = there._replace(evidence=child.evidence, rest=child.rest)
+    for token, child in found.items():
+        leads = [p for phrases in reversed(held) for p in phrases if p.times and not p.guess]
+        rest = next((p.tokens[1:] for p in leads if p.tokens[0] == token), child.rest)
+        share, evidence = share_of(token, held), child.evidence
+        if leads and evidence in (Evidence.NONE, Evidence.COUNTED):
+            evidence = Evidence.COUNTED + int((share > SHARES).sum())
+        found[token] = child._replace(rest=rest, share=share, evidence=evidence)
     return list(found.values())
+
+
+def ranked(world, r: int, found: list[Child]) -> list[tuple[float, int, Child]]:
+    """Rates and kinds of children: the likeliest first, then by what that leaves for the others."""
+    order, left, unsaid = [], [*found], 1.0
+    while left:
+        graded = []
+        for child in left:
+            if child.odds is not None:
+                child = child._replace(grade=grade(child.odds / max(unsaid, child.odds, 1e-6)))
+            kind = child.grade * EVIDENCES + child.evidence
+            graded.append((world.rates[r, kind], kind, child))
+        best = max(range(len(left)), key=lambda i: graded[i][0] + TIE * graded[i][2].share)
+        order.append(graded[best])
+        unsaid -= left.pop(best).odds or 0.0
+    return order
 
 
 def reference(world, r: int, like) -> list[tuple]:
     """A tree as `grown` gives it; ``like`` decides between what only rounding tells apart."""
-    state, slot, rates = world.drafting.state, int(world.slots[r]), world.rates[r]
+    state, slot = world.drafting.state, int(world.slots[r])
     text = world.token_ids[world.rows[r], : state.known[slot]].tolist()
     waiting, taken = [], []
     node, parent, left = Child(-1, 0, place=-1), ROOT, 1.0
     while len(taken) < state.limit[slot]:
         found = [] if node.token in world.drafting.stops else children(world, slot, node, text)
-        kinds = [child.grade * len(Evidence) + child.evidence for child in found]
-        for kind, child in sorted(zip(kinds, found, strict=True), key=lambda one: -rates[one[0]]):
-            probability = left * rates[kind]
+        for rate, kind, child in ranked(world, r, found):
+            probability = left * rate
             left -= probability
-            if probability >= world.least:
-                waiting.append((probability, parent, kind, child, text))
+            if probability < world.least:
+                break
+            waiting.append((probability, parent, kind, child, text))
         if not waiting:
             break
         hint = like[len(taken) :][:1]
@@ -176,7 +245,7 @@ def test_nodes_stand_in_the_order_of_their_probability(world) -> None:
         for _, parent, source, kind, probability in rows:
             assert world.least <= probability <= left[parent] + 1e-12, "more than is left for it"
             left[parent] -= probability
-            assert (source == NodeSource.DRAFT) == (kind // len(Evidence) < UNLIKELY)
+            assert (source == NodeSource.DRAFT) == (kind // EVIDENCES < UNLIKELY)
     state.limit[world.slots] //= 2
     halves = state.limit[world.slots].tolist()
     assert grown(world)[1] == [rows[:n] for rows, n in zip(nodes, halves, strict=True)]
@@ -196,7 +265,7 @@ def test_a_tree_is_the_one_of_the_specification(world) -> None:
 def test_alone_the_pool_knows_nothing_of_the_draft(world) -> None:
     world.alone = True
     _, alone = grown(world)
-    assert {node[3] // len(Evidence) for nodes in alone for node in nodes} <= {ALONE}
+    assert {node[3] // EVIDENCES for nodes in alone for node in nodes} <= {ALONE}
     world.alone, world.drafting.state.chain_len[:] = False, 0
     assert grown(world)[1] == alone
 
@@ -204,21 +273,32 @@ def test_alone_the_pool_knows_nothing_of_the_draft(world) -> None:
 def looked(world) -> dict[tuple[int, ...], tuple[int, int, int]]:
     """Grade, evidence and source of each path."""
     [tree], [nodes] = grown(world)
-    found = [(*divmod(kind, len(Evidence)), source) for _, _, source, kind, _ in nodes]
+    found = [(*divmod(kind, EVIDENCES), source) for _, _, source, kind, _ in nodes]
     return dict(zip(node_paths(tree), found, strict=True))
 
 
 PAIR = key_of(np.array([1, 2], np.int32), 2, 1)
 
 
+def counted(*parts: float | None) -> int:
+    """Evidence of a token that is such a part of what was counted once, in contexts that grow."""
+    share = START
+    for part, otherwise in zip(parts, OTHERWISE, strict=False):
+        if part is not None:
+            share = (part + otherwise * share) / (1 + otherwise)
+    return Evidence.COUNTED + int((share > SHARES).sum())
+
+
+ON, GUESSED_ON = Evidence.GOES_ON, Evidence.GUESS_GOES_ON
+
+
 @pytest.mark.parametrize(
     "key, source, newer, expected",
     [
-        (2, PhraseSource.PROMPT, [], "SOLE GOES_ON GOES_ON"),
-        (2, PhraseSource.HISTORY, [9], "OLD GOES_ON GOES_ON"),
-        (2, PhraseSource.WINDOW, [], "GUESS GUESS_GOES_ON GUESS_GOES_ON"),
-        (PAIR, PhraseSource.HISTORY, [], "SOLE_2 GOES_ON_2 GOES_ON_2"),
-        (PAIR, PhraseSource.PROMPT, [9], "OLD_2 GOES_ON_2 GOES_ON_2"),
+        (2, PhraseSource.PROMPT, [], [counted(1), ON, ON]),
+        (2, PhraseSource.HISTORY, [9], [counted(0.5), ON, ON]),
+        (2, PhraseSource.WINDOW, [], [Evidence.GUESS, GUESSED_ON, GUESSED_ON]),
+        (PAIR, PhraseSource.HISTORY, [], [counted(None, 1), ON, ON]),
     ],
 )
 def test_a_phrase_goes_on_token_by_token(key, source, newer, expected) -> None:
@@ -226,8 +306,39 @@ def test_a_phrase_goes_on_token_by_token(key, source, newer, expected) -> None:
     pool.insert(key, [3, 4, 5], source)
     pool.insert(key, newer, PhraseSource.HISTORY)
     found = looked(world_of(pool))
-    assert [Evidence(found[(3, 4, 5)[:n]][1]).name for n in (1, 2, 3)] == expected.split()
+    assert [found[(3, 4, 5)[:n]][1] for n in (1, 2, 3)] == expected
     assert {(grade, source) for grade, _, source in found.values()} <= {(ALONE, NodeSource.SUFFIX)}
+
+
+def test_what_is_counted_of_a_token_grows_with_its_times_and_its_context() -> None:
+    """A few times in a row speak for it more than once, a long context more than a short one."""
+    evidence = {}
+    for context, length in enumerate(CONTEXTS):
+        for times in (1, 3):
+            pool, text = PhrasePool(512, 3, 4), np.arange(26, dtype=np.int32)
+            for i in range(times):
+                head = np.full(length, 30 + i, np.int32)
+                fed = np.concatenate([head, text[25 - length : 25], [7]])
+                insert_text(pool.arrays, 0, fed.astype(np.int32), 0, len(fed), 3, context + 1)
+            world = world_of(pool, text[None, :25])
+            world.drafting.start(0, 25, 16, 64)
+            evidence[length, times] = looked(world)[(7,)][1]
+    for times in (1, 3):
+        column = [evidence[length, times] for length in CONTEXTS]
+        assert column == sorted(set(column))
+    assert all(evidence[length, 1] < evidence[length, 3] for length in CONTEXTS[:-1])
+
+
+def test_the_target_said_so_elsewhere_is_little_and_guesses_count_for_nothing() -> None:
+    pool = PhrasePool(64, 4, 2)
+    insert(pool.arrays, 0, 2, np.array([3], np.int32), 0, 1, int(PhraseSource.VERIFICATION), 0)
+    pool.insert(2, [4], PhraseSource.WINDOW)
+    assert looked(world_of(pool)) == {
+        (3,): (ALONE, Evidence.SAID, NodeSource.SUFFIX),
+        (4,): (ALONE, Evidence.GUESS, NodeSource.SUFFIX),
+    }
+    pool.insert(2, [5], PhraseSource.PROMPT)
+    assert looked(world_of(pool))[(5,)][1] == counted(1)
 
 
 def test_who_thought_of_a_token_and_a_branch_that_brings_what_follows_it() -> None:
@@ -239,16 +350,35 @@ def test_who_thought_of_a_token_and_a_branch_that_brings_what_follows_it() -> No
     state.chain_len[0], state.chain[0, :2], state.confidence[0, :2] = 2, (5, 6), (0.9, 0.3)
     state.others[0, 0, 0], state.odds[0, 0, 0] = 7, 0.08
     state.branches[0, 0, 0], state.follow[0, 0, 0] = 8, 9
+    known, another = counted(1), counted(0)  # the pool knows another token there
     assert looked(world) == {
-        (5,): (grade(0.9), Evidence.SOLE, draft),
-        (7,): (grade(0.8), Evidence.NONE, draft),
-        (8,): (grade(DRAWN[0]), Evidence.NONE, draft),
-        (5, 6): (grade(0.3), Evidence.NONE, draft),
-        (5, 11): (UNLIKELY, Evidence.SOLE, suffix),
-        (5, 6, 12): (BEYOND, Evidence.SOLE, suffix),
-        (8, 9): (grade(DRAWN[0]), Evidence.NONE, draft),
-        (8, 13): (BEYOND, Evidence.SOLE, suffix),
+        (5,): (grade(0.9), known, draft),
+        (7,): (grade(0.8), another, draft),
+        (8,): (grade(DRAWN[0]), another, draft),
+        (5, 6): (grade(0.3), another, draft),
+        (5, 11): (UNLIKELY, known, suffix),
+        (5, 6, 12): (BEYOND, known, suffix),
+        (8, 9): (grade(DRAWN[0]), another, draft),
+        (8, 13): (BEYOND, known, suffix),
     }
+
+
+def test_a_draft_token_is_graded_by_what_is_left_once_likelier_ones_were_wrong() -> None:
+    """The pool puts the draft model's second choice first: that is no surer for it."""
+    pool = PhrasePool(64, 3, 4)
+    pool.insert(2, [7], PhraseSource.HISTORY)
+    world = world_of(pool)
+    world.rates = (
+        np.linspace(0.1, 0.4, EVIDENCES).repeat(GRADES).reshape(-1, GRADES).T.reshape(1, -1)
+    )
+    state = world.drafting.state
+    state.chain_len[0], state.chain[0, 0], state.confidence[0, 0] = 1, 5, 0.6
+    state.others[0, 0, :2], state.odds[0, 0, :2] = (7, 8), (0.3, 0.05)
+    found = looked(world)
+    assert [path for path in found if len(path) == 1] == [(7,), (5,), (8,)]
+    assert found[(7,)][0] == grade(0.3)
+    assert found[(5,)][0] == grade(0.6 / 0.7)
+    assert found[(8,)][0] == grade(0.05 / 0.1)
 
 
 def test_limits_stops_and_narrow_requests() -> None:

@@ -12,6 +12,7 @@ from vllm_ouroboros.draft_rounds import thoughts
 from vllm_ouroboros.drafting import OTHERS
 from vllm_ouroboros.estimates import (
     EDGES,
+    EVIDENCES,
     GRADES,
     KINDS,
     PRIOR,
@@ -29,15 +30,18 @@ from .policy_fakes import SURE, text, tree_of
 
 
 def test_kinds_are_grades_and_evidence() -> None:
-    assert len(PRIOR) == KINDS == GRADES * len(Evidence)
-    assert sorted({kind_of(g, e) for g in range(GRADES) for e in Evidence}) == [*range(KINDS)]
+    assert len(PRIOR) == KINDS == GRADES * EVIDENCES
+    assert sorted({kind_of(g, e) for g in range(GRADES) for e in range(EVIDENCES)}) == [
+        *range(KINDS)
+    ]
     assert [grade(np.float32(p)) for p in (0.0, *EDGES, 1.0)] == [
         *range(len(EDGES) + 1),
         len(EDGES),
     ]
-    table = PRIOR.reshape(GRADES, len(Evidence))
+    table = PRIOR.reshape(GRADES, EVIDENCES)
     assert ((table > 0) & (table < 1)).all()
     assert (np.diff(table[: len(EDGES) + 1], axis=0) > 0).all()
+    assert (np.diff(table[:, Evidence.COUNTED :]) > 0).all(), "more by larger shares"
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 12), known=st.integers(1, 13))
@@ -78,7 +82,7 @@ def test_rates_come_to_what_happens_and_requests_differ() -> None:
         leaning.fade()
         estimates.fade()
     assert estimates.rates([Leaning()])[0, SURE] == pytest.approx(0.25, abs=0.05)
-    assert estimates.grades()[SURE // len(Evidence)] == pytest.approx(0.25, abs=0.05)
+    assert estimates.grades()[SURE // EVIDENCES] == pytest.approx(0.25, abs=0.05)
     assert estimates.rates([good])[0, SURE] > 2 * estimates.rates([bad])[0, SURE]
     assert (estimates.rates([good, bad]) <= SUREST).all()
     before = leaning.factor, estimates.right.sum()
@@ -114,7 +118,7 @@ def test_a_draft_saves_a_step_for_each_token_that_phrases_would_have_lacked(
     written, alone, saved
 ) -> None:
     """Of tokens 1, 2 and 3 phrases know the second; it would have come with the next step."""
-    estimates, known = Estimates(), SURE + int(Evidence.SOLE_24)
+    estimates, known = Estimates(), SURE + EVIDENCES - 1
     tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE, known, SURE])
     assert estimates.steps_saved(tree, text(*written), alone) == pytest.approx(saved, abs=0.03)
 

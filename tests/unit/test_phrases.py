@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vllm_ouroboros.phrases import WAYS, PhrasePool, PhraseSource, _first_slot, insert, insert_text
+from vllm_ouroboros.phrases import (
+    MOST,
+    WAYS,
+    PhrasePool,
+    PhraseSource,
+    _first_slot,
+    insert,
+    insert_text,
+)
 
-from .phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents
+from .phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents, times
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -33,7 +41,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(token=TOKENS, phrase=PHRASES, source=SOURCES, scope=SCOPES)
     def insert(self, token, phrase, source, scope) -> None:
         self.pool.insert(token, phrase, source, scope)
-        self.oracle.insert(scope, token, phrase, source)
+        self.oracle.insert(scope, token, phrase, source, source != PhraseSource.WINDOW)
 
     @rule(token=TOKENS, scope=SCOPES)
     def lookup(self, token, scope) -> None:
@@ -44,7 +52,7 @@ class PoolMachine(RuleBasedStateMachine):
     def insert_text(self, text, source, scope) -> None:
         self.pool.insert_text(text, source, scope)
         for i, token in enumerate(text[:-1]):
-            self.oracle.insert(scope, token, text[i + 1 : i + 1 + self.beta], source)
+            self.oracle.insert(scope, token, text[i + 1 : i + 1 + self.beta], source, 1)
 
     @rule(really=st.integers(0, 5))
     def clear(self, really) -> None:
@@ -58,6 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         held = contents(self.pool)
         assert held == self.oracle.held()
+        assert times(self.pool) == self.oracle.times()
         assert len(held) <= self.slots
         assert len(self.pool) == sum(map(len, held.values()))
         assert self.pool.bytes == self.bytes
@@ -107,6 +116,18 @@ def test_guesses_of_the_window_stand_behind_text() -> None:
     pool.insert(7, [5], PhraseSource.WINDOW)
     assert pool.lookup(7) == [(3, 9), (4,), (2,)]
     assert pool.inserted() == {"prompt": 1, "window": 2, "verification": 1, "history": 1}
+
+
+def test_phrases_that_are_seen_too_often_to_count_count_half() -> None:
+    pool = PhrasePool(8, guess_set_size=4, phrase_len=2)
+    for phrase, seen in (([1, 1], 1), ([2, 2], 9), ([3, 3], MOST), ([4, 4], 0)):
+        for _ in range(seen):
+            pool.insert(7, phrase, PhraseSource.HISTORY)
+    pool.insert(7, [4, 4], PhraseSource.WINDOW)
+    assert times(pool) == {(0, 7): [MOST, 9, 1, 0]}
+    pool.insert(7, [3], PhraseSource.PROMPT)
+    assert pool.lookup(7) == [(3, 3), (2, 2), (1, 1), (4, 4)]
+    assert times(pool) == {(0, 7): [(MOST + 1) // 2, 4, 0, 0]}
 
 
 def test_a_lookup_counts_as_use() -> None:
@@ -170,17 +191,15 @@ def test_feeding_one_token_at_a_time_costs_beta_insertions_a_token() -> None:
     """The resume point bounds the work: no call goes over old text again."""
     pool, beta = PhrasePool(64, 4, 3), 3
     text = np.arange(100, dtype=np.int32) % 17
-    start = 0
     for end in range(1, 101):
-        start = insert_text(pool.arrays, 0, text, start, end, int(PhraseSource.HISTORY))
+        insert_text(pool.arrays, 0, text, end - 1, end, int(PhraseSource.HISTORY))
     assert pool.inserted()["history"] <= 100 * beta
-    assert start == 97
 
 
 def test_insert_takes_a_slice_of_a_longer_array() -> None:
     pool = PhrasePool(8, 2, 3)
     buffer = np.array([9, 9, 1, 2, 3, 4, 9], np.int32)
-    insert(pool.arrays, 0, 5, buffer, 2, 4, int(PhraseSource.WINDOW))
+    insert(pool.arrays, 0, 5, buffer, 2, 4, int(PhraseSource.WINDOW), 0)
     assert pool.lookup(5) == [(1, 2, 3)]
     assert pool.inserted() == {"prompt": 0, "window": 1, "verification": 0, "history": 0}
 
@@ -188,7 +207,7 @@ def test_insert_takes_a_slice_of_a_longer_array() -> None:
 @pytest.mark.parametrize("length", [0, -1])
 def test_an_empty_phrase_is_nothing(length) -> None:
     pool = PhrasePool(8, 2, 3)
-    insert(pool.arrays, 0, 5, np.zeros(3, np.int32), 0, length, int(PhraseSource.WINDOW))
+    insert(pool.arrays, 0, 5, np.zeros(3, np.int32), 0, length, int(PhraseSource.WINDOW), 0)
     assert len(pool) == 0
     assert contents(pool) == {}
     assert pool.inserted()["window"] == 0

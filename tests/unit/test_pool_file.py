@@ -18,6 +18,7 @@ from vllm_ouroboros import pool_file
 from vllm_ouroboros.phrases import FIRST_HASH, WAYS, PhrasePool, PhraseSource, insert_text, key_of
 from vllm_ouroboros.pool_file import FORMAT, tokenizer_hash
 
+from .phrase_oracle import times
 from .pool_files import (
     METADATA,
     VOCAB,
@@ -74,6 +75,7 @@ def test_the_file_says_what_it_is(path) -> None:
         "keys": [7, 7],
         "lengths": [3, 1],
         "sources": [0, 0],
+        "times": [1, 1],
         "tokens": [[1, 2, 3, 0], [9, 0, 0, 0]],
     }
 
@@ -267,6 +269,14 @@ def test_phrases_that_two_tokens_lead_to_come_back(path, log) -> None:
         pair_key(*pair) for pair in ((5, 6), (6, 7), (7, 5), (8, 9))
     }
     assert log.warnings == []
+
+
+def test_how_often_phrases_were_seen_comes_back(path) -> None:
+    pool = small_pool([1, 2], [9], [1, 2], [1], [4])
+    pool.insert(8, [5], PhraseSource.WINDOW)
+    assert make(path).save(pool)
+    again = loaded(path)
+    assert times(again) == times(pool) == {(0, 7): [1, 3, 1], (0, 8): [0]}
 
 
 def test_ids_outside_the_vocabulary_are_not_saved(path, log) -> None:
