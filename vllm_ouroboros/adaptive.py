@@ -193,6 +193,8 @@ class Policy:
         if chosen.any():
             self._spare -= reading[chosen].sum()
             self._look = (self._look or LOOK) - 1
+        else:  # whom it read is gone: the next look is another one
+            self._look = 0
         return chosen
 
     def affords(self, requests: int, rows: int, fewer: int) -> bool:

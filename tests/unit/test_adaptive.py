@@ -224,6 +224,24 @@ def test_a_look_reads_little() -> None:
     assert not any(one for one, _ in chosen)
 
 
+def test_a_look_whose_request_ends_is_not_the_last_one() -> None:
+    """No time is left to read another request in its place; later there is."""
+    policy = Policy(Costs(curve(1.0, 0.0), curve(0.01, 0.01)))
+    policy.greedy.worth[:] = -1.0
+    looks = []
+    for now in range(300):
+        policy.meet(now // 2, True)  # every request ends after two steps, in the middle of a look
+        policy.end_step(step(1, 1), float(now))
+        unread = np.array([20 if now % 2 == 0 or not looks[-1] else 0])
+        drafts = policy.drafts(np.array([now // 2]), np.zeros(1), 1, unread, np.full(1, 26))
+        looks.append(bool(drafts.any()))
+        if now % 2:
+            policy.forget(now // 2)
+    assert looks[:3] == [True, True, False]
+    assert any(looks[100:200])
+    assert any(looks[200:])
+
+
 def test_a_cost_that_was_measured_wrong_is_found_out() -> None:
     """An engine that starts on a busy machine may think drafting a hundred times too dear."""
     policy = Policy(Costs(curve(1.0, 0.0), curve(10.0, 0.0)))
