@@ -34,7 +34,7 @@ class Requests(NamedTuple):
     known: np.ndarray  # int32 [S], committed tokens n
     cached: np.ndarray  # int32 [S], tokens whose draft KV is valid
     capacity: np.ndarray  # int32 [S], positions that have a KV slot
-    fed: np.ndarray  # int32 [S], where the history starts that the pool has not seen whole
+    fed: np.ndarray  # int32 [S], tokens of the text that the pool was fed
     limit: np.ndarray  # int32 [S], nodes that this step may draft
     window: np.ndarray  # int32 [S, β, W]
     levels: np.ndarray  # int32 [S], filled levels of the window, 0 before the first round
