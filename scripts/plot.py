@@ -21,11 +21,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vllm_ouroboros.bench_facts import hardware_line
-from vllm_ouroboros.bench_methods import TITLES, VANILLA
+from vllm_ouroboros.bench_methods import SEEN, TITLES, VANILLA
 from vllm_ouroboros.bench_report import best_rows
 
 OURS, THEIRS, LINE = "#b5482f", "#8fa3b5", "#444444"
-OUR_METHODS = ("lookahead", "ouroboros-cold", "ouroboros-warm")
+OUR_METHODS = ("lookahead", "ouroboros-cold", "ouroboros-warm", SEEN)
 
 
 def read_rows(files: list[Path]) -> list[dict[str, Any]]:

@@ -68,6 +68,12 @@ class Plan:
             enforce_eager=self.enforce_eager,
         )
 
+    def fill(self, cell: Cell) -> tuple[str, ...]:
+        """The prompts that fill the pool of a cell's engine before a run is timed."""
+        if cell.method.pool == "seen":
+            return self.prompts[: cell.load.prompts]
+        return self.others if cell.method.pool == "warm" else ()
+
 
 def visits(methods: Sequence[Method], rounds: int) -> Iterator[tuple[int, Method]]:
     """Round and method, in the order of the runs: each round starts one method later."""
@@ -175,8 +181,7 @@ class Bench:
             batch=cell.load.batch,
             max_tokens=self.plan.max_tokens,
             ignore_eos=self.plan.ignore_eos,
-            pool=cell.method.pool,
-            others=self.plan.others if cell.method.pool == "warm" else (),
+            before=self.plan.fill(cell),
         )
         cell.runs[number] = engine.run(run, lambda n: progressed("", n))
         cell.peaks.append(engine.peak())
@@ -188,7 +193,7 @@ class Bench:
         cell.runs[number], peak = self.serve(
             self.plan.engine(cell.method, server=True),
             prompts=self.plan.prompts,
-            others=self.plan.others if cell.method.pool == "warm" else (),
+            others=self.plan.fill(cell),
             rate=cell.load.rate,
             max_tokens=self.plan.max_tokens,
             ignore_eos=self.plan.ignore_eos,

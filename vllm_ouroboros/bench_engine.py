@@ -39,13 +39,15 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: all prompts, ``batch`` at a time; as one ends the next one starts."""
+    """One run: all prompts, ``batch`` at a time; as one ends the next one starts.
+
+    ``before`` are prompts that fill an emptied phrase pool, untimed.
+    """
 
     prompts: tuple[str, ...]
     batch: int
     max_tokens: int
-    pool: str | None = None
-    others: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
@@ -121,7 +123,7 @@ class Engine:
 
     def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
         """Warm up if this batch size is new, put the pool into its state, then measure."""
-        self._check(run.prompts + run.others)
+        self._check(run.prompts + run.before)
         if run.batch not in self.warm:
             self._serve(warm_up_prompts(run.batch), run.batch, WARM_UP_TOKENS)
             self.warm.add(run.batch)
@@ -129,8 +131,8 @@ class Engine:
             import vllm_ouroboros
 
             vllm_ouroboros.reset_pool(self.llm)
-        if run.pool == "warm":
-            self._serve(run.others, len(run.others), run.max_tokens, run.ignore_eos)
+        if run.before:
+            self._serve(run.before, len(run.before), run.max_tokens, run.ignore_eos)
         before = self._counters()
         groups, outputs = [], []
         for part in [run.prompts] if run.batch > 1 else [(prompt,) for prompt in run.prompts]:

@@ -10,9 +10,11 @@ from typing import Any
 from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig
 
 VANILLA = "vanilla"
-METHODS = (
+SEEN = "ouroboros-seen"
+COMPARED = (
     VANILLA, "draft_model", "ngram", "suffix", "lookahead", "ouroboros-cold", "ouroboros-warm",
 )  # fmt: skip
+METHODS = (*COMPARED, SEEN)
 TITLES = {
     VANILLA: "vanilla vLLM",
     "draft_model": "vLLM draft_model",
@@ -21,11 +23,16 @@ TITLES = {
     "lookahead": "lookahead (phrase pool only)",
     "ouroboros-cold": "Ouroboros, cold pool",
     "ouroboros-warm": "Ouroboros, warm pool",
+    SEEN: "Ouroboros, pool that has seen the answers: a ceiling",
 }
 COLD = "phrase pool emptied before each run"
 WARM = (
     "phrase pool emptied before each run, then filled by {} other prompts, untimed; a measured "
     "prompt is never among them"
+)
+KNOWN = (
+    "phrase pool emptied before each run, then filled by the measured prompts and their answers, "
+    "untimed: how fast drafts would be that are hardly ever wrong, not what anybody gets"
 )
 ONE_ENGINE = "no state beyond a request"
 NEW_ENGINE = "a new engine for each run: its cache holds no answer of an earlier run"
@@ -41,7 +48,7 @@ class Method:
         rule: what a run starts with.
         speculative: vLLM's ``speculative_config``.
         ouroboros: ``additional_config["ouroboros"]`` where the engine is ours.
-        pool: "cold" or "warm" where the engine is ours.
+        pool: "cold", "warm" or "seen" where the engine is ours.
         fresh: whether each run needs a new engine.
         missing: why it cannot run here.
     """
@@ -162,8 +169,8 @@ def _ours(
     config = OuroborosConfig.parse(options)
     budget = nodes or config.draft_tokens + config.num_suffixes * config.phrase_len
     config.check_budget(budget)
-    warm = name == "ouroboros-warm"
-    if warm and not missing and not others:
+    pool = "cold" if name == "lookahead" else name.removeprefix("ouroboros-")
+    if pool == "warm" and not missing and not others:
         missing = (
             "no other prompts to fill the pool: give --warm-prompts, or a --limit below the "
             "number of prompts in the file"
@@ -171,10 +178,10 @@ def _ours(
     return Method(
         name,
         _setting(config, options, budget, draft_model),
-        rule=WARM.format(others) if warm else COLD,
+        rule={"cold": COLD, "warm": WARM.format(others), "seen": KNOWN}[pool],
         speculative={"model": PROPOSER, "num_speculative_tokens": budget},
         ouroboros=options,
-        pool="warm" if warm else "cold",
+        pool=pool,
         missing=missing,
     )
 

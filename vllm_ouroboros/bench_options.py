@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_ouroboros.bench import Plan
-from vllm_ouroboros.bench_methods import METHODS, VANILLA, build
+from vllm_ouroboros.bench_methods import COMPARED, METHODS, VANILLA, build
 from vllm_ouroboros.bench_rows import Load
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.demo import DRAFT, TARGET, DemoError, model_reference, shipped_prompts
@@ -145,7 +145,7 @@ def _prompt(line: str, where: str) -> str:
 
 def _methods(text: str | None) -> list[str]:
     if text is None:
-        return [*METHODS]
+        return [*COMPARED]
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METHODS:

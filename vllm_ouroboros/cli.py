@@ -135,7 +135,7 @@ def bench(
         str | None,
         typer.Option(
             help="Some of vanilla, draft_model, ngram, suffix, lookahead, ouroboros-cold, "
-            "ouroboros-warm; vanilla always runs. Default: all."
+            "ouroboros-warm (these by default), ouroboros-seen (a ceiling); vanilla always runs."
         ),
     ] = None,
     draft_tokens: Annotated[

@@ -55,7 +55,7 @@ class Fake:
         self.log.append(("start", method.name, method.setting))
 
     def run(self, run: RunSpec, done: Callable[[int], None]) -> RunResult:
-        self.log.append(("run", self.method.name, self.method.setting, run.batch, run.pool))
+        self.log.append(("run", self.method.name, self.method.setting, run.batch, run.before))
         if self.fail(run):
             raise EngineError("ValueError: broken")
         speed = 1.0 if self.method.speculative is None else 0.5
@@ -139,16 +139,18 @@ def test_each_round_starts_one_method_later(tmp_path: Path) -> None:
 
 
 def test_one_engine_at_a_time_is_alive(tmp_path: Path) -> None:
-    _, log = run(plan(tmp_path, methods("vanilla", "ngram", "ouroboros-cold", "ouroboros-warm")))
+    names = "vanilla", "ngram", "ouroboros-cold", "ouroboros-warm", "ouroboros-seen"
+    _, log = run(plan(tmp_path, methods(*names), loads=(Load(1), Load(2, prompts=2))))
     alive = 0
     for entry in log:
         alive += {"start": 1, "end": -1}.get(entry[0], 0)
         assert alive <= 1
     assert alive == 0
-    # cold and warm share an engine, and say which pool they want
-    at = log.index(("run", "ouroboros-cold", methods("ouroboros-cold")[0].setting, 2, "cold"))
-    assert log[at + 1][0] == "resume"
-    assert log[at + 2][4] == "warm"
+    # pools in any state share an engine, and say what fills them
+    at = log.index(("run", "ouroboros-cold", methods("ouroboros-cold")[0].setting, 2, ()))
+    assert [entry[0] for entry in log[at + 1 : at + 9]] == ["resume", "run"] * 4
+    filled = [entry[4] for entry in log[at + 2 : at + 9 : 2]]
+    assert filled == [("x", "y"), ("x", "y"), PROMPTS, PROMPTS[:2]]
 
 
 def test_engines_that_stay_are_stopped_while_another_works(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_what_engines_are_started_with(tmp_path: Path) -> None:
     assert plan(tmp_path, [vanilla]).engine(vanilla, server=True).max_num_seqs == 32
     assert lookahead.ouroboros == {"draft_model": None}
     assert "phrase pool only" in lookahead.title
-    assert (cold.pool, warm.pool) == ("cold", "warm")
+    assert (lookahead.pool, cold.pool, warm.pool) == ("cold", "cold", "warm")
     assert "2 other prompts" in warm.rule
     assert cold.engine == warm.engine != lookahead.engine
 

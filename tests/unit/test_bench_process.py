@@ -115,7 +115,7 @@ def test_a_run_of_our_engine() -> None:
     assert llm.options["enable_prefix_caching"] is False
     assert llm.options["disable_log_stats"] is False
     done: list[int] = []
-    run = RunSpec(("a", "b", "c"), 2, 8, "warm", ("x",))
+    run = RunSpec(("a", "b", "c"), 2, 8, ("x",))
     result = engine.run(run, done.append)
     # a warm-up that teaches nothing, an empty pool, other prompts, then what is measured
     first, second = bench_engine.warm_up_prompts(2)
@@ -131,7 +131,7 @@ def test_a_run_of_our_engine() -> None:
     assert result.counters == {"drafts": 3, "engine_steps": 6, "steps": 30}
     llm.log.clear()
     assert not llm.past_the_end
-    engine.run(RunSpec(("a",), 2, 8, "cold", (), ignore_eos=True), done.append)
+    engine.run(RunSpec(("a",), 2, 8, ignore_eos=True), done.append)
     assert llm.past_the_end
     assert llm.log[:2] == ["ouroboros_reset_pool", "ouroboros_stats"]  # warm already
 
