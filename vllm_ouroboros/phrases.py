@@ -193,7 +193,8 @@ def insert_text(pool, scope, text, fed, end, source, contexts=1):
         for context in range(contexts):
             if i + 1 >= CONTEXTS[context]:
                 key = key_of(text, i + 1, context)
-                insert(pool, scope, key, text, i + 1, length, source, i + 1 >= fed)
+                times = np.int64(i + 1 >= fed)  # of one type wherever `insert` is called
+                insert(pool, scope, key, text, i + 1, length, source, times)
 
 
 class PhrasePool:
@@ -237,7 +238,7 @@ class PhrasePool:
     def insert(self, token: int, phrase, source: PhraseSource, scope: int = 0) -> None:
         """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)
-        times = source != PhraseSource.WINDOW
+        times = int(source != PhraseSource.WINDOW)
         insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source), times)
 
     def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:

@@ -1,9 +1,7 @@
 """The file of a warm phrase pool: read at start, written now and then and at shutdown.
 
-The file is safetensors: metadata that name the format and the tokenizer, and one row a phrase, in
-the order in which inserting them fills a pool, so that the last row counts most. It does not depend
-on the G, β or capacity of the pool it came from. Only phrases of scope 0, which all requests share,
-are ever written: the other scopes belong to tenants or to one request.
+The file is safetensors: metadata that name the format and the tokenizer, and the rows of
+`pool_rows`.
 
 Nothing here raises because of a file; what is wrong is logged, and decoding goes on without it.
 """
@@ -27,26 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from numba import njit
 
-from vllm_ouroboros.phrases import (
-    FIRST_HASH,
-    MOST,
-    PhrasePool,
-    PhraseSource,
-    PoolArrays,
-    insert,
-)
+from vllm_ouroboros import pool_rows
+from vllm_ouroboros.phrases import PhrasePool
 
 FORMAT = "vllm-ouroboros phrase pool"
 FORMAT_VERSION = 5
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
 
-# key [m] (a token, or below zero what stands for several), length [m], `PhraseSource` [m] and times
-# seen [m] of m phrases; their tokens [m, β], then zeros
-_DTYPES = {
-    "keys": "int32", "lengths": "int32", "sources": "int8", "times": "uint8", "tokens": "int32",
-}  # fmt: skip
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
 _TEMP_SUFFIX = ".ouroboros-tmp"
 _FIX = "move it away or set another pool_path"
@@ -102,9 +88,7 @@ class PoolFile:
             self._warn(f"{error}: starting with no phrases, and the file stays as it is", _FIX)
             return 0
         if tensors is not None:
-            inserted = pool.arrays.inserted.copy()
-            _refill(pool.arrays, *(tensors[name] for name in _DTYPES))
-            pool.arrays.inserted[:] = inserted
+            pool_rows.fill(pool, tensors)
         logger.info("pool_path %s: starting with %d phrases", self.path, len(pool))
         if not os.access(folder := self.path.parent, os.W_OK | os.X_OK):
             why = "no permission to write in" if folder.is_dir() else "there is no directory"
@@ -118,7 +102,7 @@ class PoolFile:
         `flush` waits until the disk has the new file before it takes the place of the old one.
         """
         self._wait()
-        return self._write(_snapshot(pool.arrays), _insertions(pool), flush=flush)
+        return self._write(pool_rows.snapshot(pool.arrays), _insertions(pool), flush=flush)
 
     def due(self) -> bool:
         """Whether it is time for a periodic save."""
@@ -133,7 +117,7 @@ class PoolFile:
         self._next = self._clock() + SAVE_INTERVAL_S
         if (self._thread and self._thread.is_alive()) or _insertions(pool) == self._saved:
             return False
-        work = (_snapshot(pool.arrays), _insertions(pool))
+        work = (pool_rows.snapshot(pool.arrays), _insertions(pool))
         thread = threading.Thread(target=self._write, args=work, daemon=True)
         try:
             thread.start()
@@ -178,7 +162,7 @@ class PoolFile:
                 header = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
                 self._check_header(header)
                 tensors = safetensors.numpy.load(size + header + file.read())
-            _check_tensors(tensors, self.vocab_size)
+            pool_rows.check(tensors, self.vocab_size)
         except FileNotFoundError:
             return None
         except _ForeignError:
@@ -216,7 +200,7 @@ class PoolFile:
         self, snapshot: tuple[np.ndarray, ...], insertions: int, *, flush: bool = True
     ) -> bool:
         try:
-            tensors = _compact(snapshot, self.vocab_size)
+            tensors = pool_rows.rows_of(snapshot, self.vocab_size)
             if not tensors["keys"].size:
                 return False
             self._refuse_foreign()
@@ -273,51 +257,3 @@ def _insertions(pool: PhrasePool) -> int:
 def _mark(status: os.stat_result) -> tuple[int, ...]:
     """What changes whenever a file is written or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _snapshot(pool: PoolArrays) -> tuple[np.ndarray, ...]:
-    """Copies of the slots of scope 0 (a free slot has the key -1)."""
-    slots = np.nonzero(pool.keys >> 32 == 0)[0]
-    return tuple(column[slots] for column in pool[:7])  # keys to tokens
-
-
-def _compact(snapshot: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.ndarray]:
-    """The file's tensors; ids outside the vocabulary, which `load` would refuse, are left out.
-
-    Free places hold what was there before, of any scope: none of it may get into the file.
-    """
-    order = np.argsort(snapshot[1])
-    keys, _, counts, lengths, sources, times, tokens = (column[order] for column in snapshot)
-    tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
-    held = np.arange(tokens.shape[1]) < counts[:, None]
-    held &= ((tokens >= 0) & (tokens < vocab_size)).all(2)
-    held &= ((keys < vocab_size) | (keys >= FIRST_HASH))[:, None]
-    signed = keys.astype(np.uint32).view(np.int32)
-    rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, times, tokens
-    # backwards, since the first phrase of a slot is to be inserted last
-    return {name: r[:, ::-1][held[:, ::-1]] for name, r in zip(_DTYPES, rows, strict=True)}
-
-
-def _check_tensors(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
-    """Raises ValueError unless the rows fit together and every value may be trusted."""
-    kinds = {name: str(array.dtype) for name, array in tensors.items()}
-    *columns, shape = (tensors[name].shape for name in _DTYPES)
-    if kinds != _DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
-        raise ValueError("other tensors than expected")
-    bounds = (
-        (-FIRST_HASH, vocab_size), (1, shape[1] + 1), (0, len(PhraseSource)), (0, MOST + 1),
-        (0, vocab_size),
-    )  # fmt: skip
-    for name, (low, high) in zip(_DTYPES, bounds, strict=True):
-        if ((tensors[name] < low) | (tensors[name] >= high)).any():
-            raise ValueError(f"{name} out of range")
-
-
-@njit(cache=True)
-def _refill(pool, keys, lengths, sources, times, tokens):
-    """Insert the rows of a file."""
-    texts = tokens.ravel()
-    for row in range(keys.shape[0]):
-        key = np.int64(keys[row]) & 0xFFFFFFFF
-        first = row * tokens.shape[1]
-        insert(pool, 0, key, texts, first, lengths[row], sources[row], times[row])
