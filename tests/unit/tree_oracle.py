@@ -1,0 +1,164 @@
+"""A plain-Python reading of the trees that grow best nodes first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_ouroboros.best_first import DRAWN, TIE
+from vllm_ouroboros.drafting import OTHERS
+from vllm_ouroboros.estimates import (
+    ALONE,
+    BEYOND,
+    COUNTS,
+    EVIDENCES,
+    OTHERWISE,
+    SHARES,
+    START,
+    UNLIKELY,
+    Evidence,
+    grade,
+)
+from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, key_of
+from vllm_ouroboros.tree import ROOT, NodeSource
+
+GUESSES = (Evidence.GUESS, Evidence.GUESS_GOES_ON)
+
+
+class Child(NamedTuple):
+    """A node that may be taken: what speaks for it, and what leads on from it."""
+
+    token: int
+    grade: int
+    evidence: int = Evidence.NONE
+    rest: tuple[int, ...] = ()  # of the phrase that speaks for it most
+    place: int | None = None  # in the chain
+    follow: int = -1
+    odds: float | None = None  # the draft model's probability
+    share: float = START  # of what was counted
+
+
+def thoughts(world, slot: int, node: Child) -> list[Child]:
+    """What the draft model puts behind a node."""
+    state = world.drafting.state
+    if node.follow >= 0:
+        return [Child(node.follow, grade(DRAWN[0]))]
+    if world.alone or node.place is None or node.place + 1 >= state.chain_len[slot]:
+        return []
+    at = node.place + 1
+    sure = float(state.confidence[slot, at])
+    found = [Child(int(state.chain[slot, at]), 0, place=at, odds=sure)]
+    for k in range(OTHERS):
+        token, odds = int(state.others[slot, at, k]), float(state.odds[slot, at, k])
+        found.append(Child(token, 0, odds=odds))
+    for k in range(state.branches.shape[2] if at < state.branches.shape[1] else 0):
+        token, follow = int(state.branches[slot, at, k]), int(state.follow[slot, at, k])
+        found.append(Child(token, grade(DRAWN[k]), follow=follow))
+    return [child for child in found if child.token >= 0]
+
+
+class Phrase(NamedTuple):
+    tokens: tuple[int, ...]
+    guess: bool
+    times: int
+
+
+def phrases_of(world, slot: int, text: list[int]) -> list[list[Phrase]]:
+    """What the pool holds behind the end of a text, by context."""
+    pool, scope = world.drafting.pool, int(world.drafting.state.scope[slot])
+    tokens, held = np.array(text, np.int32), []
+    for context in [i for i, n in enumerate(CONTEXTS) if n <= len(text)]:
+        key = key_of(tokens, len(text), context)
+        [at] = np.nonzero(pool.arrays.keys == (scope << 32 | key))
+        found = pool.lookup(key, scope)
+        columns = (
+            column[at].ravel().tolist() for column in (pool.arrays.sources, pool.arrays.times)
+        )
+        rows = zip(found, *columns, strict=False)
+        held.append([Phrase(p, source == PhraseSource.WINDOW, n) for p, source, n in rows])
+    return held
+
+
+def share_of(token: int, held: list[list[Phrase]]) -> float:
+    """The share of a token of what was counted, from the shortest context to the longest."""
+    share = START
+    for otherwise, phrases in zip(OTHERWISE, held, strict=False):
+        counted = Counter()
+        for phrase in phrases:
+            if not phrase.guess:
+                counted[phrase.tokens[0]] += phrase.times
+        total = counted.total()
+        weight = min(total, COUNTS) / total if total else 0
+        share = (weight * counted[token] + otherwise * share) / (weight * total + otherwise)
+    return share
+
+
+def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
+    """All that may stand behind a node, at the end of ``text``."""
+    thought = thoughts(world, slot, node)
+    unknown = UNLIKELY if thought and node.place is not None else BEYOND
+    if world.alone or not world.drafting.state.chain_len[slot]:
+        unknown = ALONE
+    on = Evidence.GUESS_GOES_ON if node.evidence in GUESSES else Evidence.GOES_ON
+    known = [(on, node.rest)] if node.rest else []
+    held = phrases_of(world, slot, text)
+    for phrase in (phrase for phrases in held for phrase in phrases):
+        said = Evidence.COUNTED if phrase.times else Evidence.SAID
+        known.append((Evidence.GUESS if phrase.guess else said, phrase.tokens))
+    found: dict[int, Child] = {}
+    for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
+        there = found.setdefault(child.token, child)
+        if child.evidence > there.evidence:
+            found[child.token] = there._replace(evidence=child.evidence, rest=child.rest)
+    for token, child in found.items():
+        leads = [p for phrases in reversed(held) for p in phrases if p.times and not p.guess]
+        rest = next((p.tokens[1:] for p in leads if p.tokens[0] == token), child.rest)
+        share, evidence = share_of(token, held), child.evidence
+        if leads and evidence in (Evidence.NONE, Evidence.COUNTED):
+            evidence = Evidence.COUNTED + int((share > SHARES).sum())
+        found[token] = child._replace(rest=rest, share=share, evidence=evidence)
+    return list(found.values())
+
+
+def ranked(world, r: int, found: list[Child]) -> list[tuple[float, int, Child]]:
+    """Rates and kinds of children: the likeliest first, then by what that leaves for the others."""
+    order, left, unsaid = [], [*found], 1.0
+    while left:
+        graded = []
+        for child in left:
+            if child.odds is not None:
+                child = child._replace(grade=grade(child.odds / max(unsaid, child.odds, 1e-6)))
+            kind = child.grade * EVIDENCES + child.evidence
+            graded.append((world.rates[r, kind], kind, child))
+        best = max(range(len(left)), key=lambda i: graded[i][0] + TIE * graded[i][2].share)
+        order.append(graded[best])
+        unsaid -= left.pop(best).odds or 0.0
+    return order
+
+
+def reference(world, r: int, like) -> list[tuple]:
+    """A tree as `grown` gives it; ``like`` decides between what only rounding tells apart."""
+    state, slot = world.drafting.state, int(world.slots[r])
+    text = world.token_ids[world.rows[r], : state.known[slot]].tolist()
+    waiting, taken = [], []
+    node, parent, left = Child(-1, 0, place=-1), ROOT, 1.0
+    while len(taken) < state.limit[slot]:
+        found = [] if node.token in world.drafting.stops else children(world, slot, node, text)
+        for rate, kind, child in ranked(world, r, found):
+            probability = left * rate
+            left -= probability
+            if probability < world.least:
+                break
+            waiting.append((probability, parent, kind, child, text))
+        if not waiting:
+            break
+        hint = like[len(taken) :][:1]
+        nudged = [one[0] * (1 + 1e-9 * ((one[3].token, one[1]) in hint)) for one in waiting]
+        left, above, kind, node, text = waiting.pop(int(np.argmax(nudged)))
+        waiting = [] if state.narrow[slot] else waiting
+        parent, text = len(taken), [*text, node.token]
+        source = NodeSource.DRAFT if node.grade < UNLIKELY else NodeSource.SUFFIX
+        taken.append((node.token, above, source, kind, left))
+    return taken
