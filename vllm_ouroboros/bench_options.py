@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,6 +158,11 @@ def _loads(batch: str, rates: str | None, prompts: int) -> tuple[Load, ...]:
     loads = [] if batch == "none" else _list(batch, "--batch", _batch, "1,8 or 1:12,8:64")
     if rates is not None:
         loads += [Load(rate=rate) for rate in _list(rates, "--rates", _rate, "0.5,1,2")]
+        if find_spec("pandas") is None:  # else known only once the first server is up
+            raise OptionError(
+                f"--rates {rates}: `vllm bench serve` needs pandas, which is not installed; "
+                "pip install pandas"
+            )
     if not loads:
         raise OptionError("--batch none: leaves nothing to measure; give --rates as well")
     for load in loads:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from vllm_ouroboros import bench, bench_facts
+from vllm_ouroboros import bench, bench_facts, bench_options
 from vllm_ouroboros.bench_options import OptionError, read_prompts
 from vllm_ouroboros.bench_rows import Load
 
@@ -96,8 +96,12 @@ def test_help_imports_neither_vllm_nor_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> None:
+def test_bad_options_give_one_line_and_status_2(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_options, "find_spec", lambda _: None)
     cases = {
+        ("--rates", "8"): "--rates 8: `vllm bench serve` needs pandas, which is not installed",
         ("--prompts", "/no/such"): "--prompts /no/such: No such file",
         ("--warm-prompts", "/no/such"): "--warm-prompts /no/such: No such file",
         ("--methods", "ngram,medusa"): "'medusa' is unknown; take vanilla, draft_model",
@@ -132,7 +136,10 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
     assert invoke("--alive", "0").exit_code == 2
 
 
-def test_a_plan_of_all_options(tmp_path: Path, model: str, plans: list[bench.Plan]) -> None:
+def test_a_plan_of_all_options(
+    tmp_path: Path, model: str, plans: list[bench.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_options, "find_spec", lambda _: object())
     prompts = tmp_path / "p.txt"
     prompts.write_text("a\nb\nc\nd\na\n")
     result = invoke(
