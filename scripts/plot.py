@@ -91,7 +91,9 @@ def _panel(panel: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
         if row["status"] != "ok" or ratio is None:
             panel.text(0.03, at, row["status"], va="center", fontsize=8, color=LINE)
             continue
-        panel.barh(at, ratio, color=OURS if row["method"] in OUR_METHODS else THEIRS, height=0.68)
+        color = OURS if row["method"] in OUR_METHODS else THEIRS
+        fill = "none" if row["method"] == SEEN else color  # a ceiling, which nobody gets
+        panel.barh(at, ratio, color=fill, edgecolor=color, height=0.68)
         if low is not None:
             # The interval is one of resampled sums; with few rounds it need not hold the value.
             errors = [[max(0.0, ratio - low)], [max(0.0, high - ratio)]]
