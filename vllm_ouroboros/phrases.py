@@ -137,7 +137,7 @@ def insert(pool, scope, token, phrase, start, length, source, times):
         if (place >= 0 and place < target) or target == pool.tokens.shape[1]:
             return
     kept = length
-    seen = np.int64(times)
+    seen = times
     if place < 0:
         if count < pool.tokens.shape[1]:
             pool.counts[slot] = count + 1
