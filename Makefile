@@ -36,9 +36,9 @@ endif
 
 # The shipped target is so small that its forward costs no more than a few of the draft model's:
 # the demo runs it at the cost of 0.1 B parameters, its texts being the same.
-$(DEMO)/target/config.json: $(STAMP) scripts/inflate.py scripts/inflate_dims.py scripts/inflate_weights.py
+$(DEMO)/target/config.json: $(STAMP) $(wildcard scripts/inflate/*.py)
 	rm -rf $(DEMO)
-	$(BIN)/python scripts/inflate.py --preset demo --out $(DEMO)
+	$(BIN)/python scripts/inflate/inflate.py --preset demo --out $(DEMO)
 
 demo: $(DEMO)/target/config.json  ## generate with and without Ouroboros and compare
 	$(BIN)/vllm-ouroboros demo --model $(DEMO)/target --draft-model $(DEMO)/draft

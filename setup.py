@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 VLLM = "0.32.0"
 
@@ -30,7 +30,11 @@ setup(
     python_requires=">=3.10",
     # A top-level package called `kernels` would shadow the one that transformers imports, so
     # Python knows the folder as `vllm_ouroboros.kernels` only.
-    packages=["vllm_ouroboros", "vllm_ouroboros.kernels"],
+    packages=[
+        "vllm_ouroboros",
+        *(f"vllm_ouroboros.{name}" for name in find_packages("vllm_ouroboros")),
+        "vllm_ouroboros.kernels",
+    ],
     package_dir={"vllm_ouroboros.kernels": "kernels"},
     package_data={
         "vllm_ouroboros": [
@@ -73,7 +77,7 @@ setup(
         ],
     },
     entry_points={
-        "vllm.general_plugins": ["ouroboros = vllm_ouroboros.plugin:register"],
-        "console_scripts": ["vllm-ouroboros = vllm_ouroboros.cli:main"],
+        "vllm.general_plugins": ["ouroboros = vllm_ouroboros.integration.plugin:register"],
+        "console_scripts": ["vllm-ouroboros = vllm_ouroboros.cli.main:main"],
     },
 )

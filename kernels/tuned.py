@@ -1,6 +1,7 @@
 """Launch configurations of tree attention that were measured on a GPU, and which one is nearest.
 
-The table is `tuned.json` beside this file; `scripts/tune_tree_attention.py` writes it. Shapes and
+The table is `tuned.json` beside this file; `scripts/gpu/tune_tree_attention.py` writes it. Shapes
+and
 GPUs that it does not have get `launch.launch_config`.
 """
 

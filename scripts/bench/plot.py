@@ -1,6 +1,6 @@
 """Draws the rows of ``vllm-ouroboros bench``: how much faster than vanilla vLLM each method is.
 
-    python scripts/plot.py bench.jsonl --out bench.png
+    python scripts/bench/plot.py bench.jsonl --out bench.png
 
 One panel for each batch size (or request rate); of each method the setting with the most tokens per
 second, with its 95 % bootstrap interval. Methods that failed or could not run have no bar but the
@@ -20,9 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vllm_ouroboros.bench_facts import hardware_line
-from vllm_ouroboros.bench_methods import SEEN, TITLES, VANILLA
-from vllm_ouroboros.bench_report import best_rows
+from vllm_ouroboros.cli.bench.methods import SEEN, TITLES, VANILLA
+from vllm_ouroboros.cli.bench.report import best_rows
+from vllm_ouroboros.cli.provenance import hardware_line
 
 OURS, THEIRS, LINE = "#b5482f", "#8fa3b5", "#444444"
 OUR_METHODS = ("lookahead", "ouroboros-cold", "ouroboros-warm", SEEN)

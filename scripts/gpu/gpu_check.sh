@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every check and benchmark that needs a GPU, within 8 minutes: kernels against their oracles,
 # whole engines against vanilla vLLM, tuning, speed of tree attention, compute-sanitizer.
-#   scripts/gpu_check.sh                    results in build/gpu: summary.json, log.txt, ...
-#   OUT=dir PYTHON=python3 scripts/gpu_check.sh
+#   scripts/gpu/gpu_check.sh                    results in build/gpu: summary.json, log.txt, ...
+#   OUT=dir PYTHON=python3 scripts/gpu/gpu_check.sh
 # Needs torch with CUDA, Triton, pytest and hypothesis; what lacks a package is skipped and says so.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
@@ -26,4 +26,4 @@ ln -s "$PWD/kernels" "$site/vllm_ouroboros/kernels"
     || echo "gpu_check.sh: no metadata of the package: vLLM will not load the plugin" >&2
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
-timeout --kill-after=5 480 "$PYTHON" scripts/gpu_steps.py --out "${OUT:-build/gpu}" "$@"
+timeout --kill-after=5 480 "$PYTHON" scripts/gpu/gpu_steps.py --out "${OUT:-build/gpu}" "$@"

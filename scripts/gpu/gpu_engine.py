@@ -1,6 +1,6 @@
 """Whole engines on the GPU: the shipped pair with and without Ouroboros, tokens and speed compared.
 
-    python scripts/gpu_engine.py --out build/gpu/engine.jsonl
+    python scripts/gpu/gpu_engine.py --out build/gpu/engine.jsonl
 
 Engines are vanilla vLLM, Ouroboros with the draft model ("draft") and from the phrase pool alone
 ("pool"); each in float32 and bfloat16, eager, with full CUDA graphs (no compilation) and with

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 
-from bench_forwards import commit, cpu_name, installed
+from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
 PACKAGES = ("vllm-ouroboros", "vllm", "torch", "triton", "flash-attn", "numba")
 
@@ -27,10 +26,6 @@ def origin() -> dict:
     import torch
 
     device = torch.cuda.get_device_properties(0)
-    try:
-        checkout = commit()
-    except OSError:  # no git here
-        checkout = "none"
     return {
         "gpu": device.name,
         "gpu_memory_gib": round(device.total_memory / 2**30, 1),
@@ -38,8 +33,8 @@ def origin() -> dict:
         "cuda": torch.version.cuda,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "versions": {**installed(*PACKAGES), "python": platform.python_version()},
-        "commit": os.environ.get("COMMIT") or checkout,
+        "versions": versions(*PACKAGES),
+        "commit": os.environ.get("COMMIT") or commit(),
         "command": " ".join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

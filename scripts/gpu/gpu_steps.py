@@ -1,4 +1,4 @@
-"""All checks and benchmarks that need a GPU, one after another; run it by scripts/gpu_check.sh.
+"""All checks and benchmarks that need a GPU, one after another; run it by scripts/gpu/gpu_check.sh.
 
 Writes `summary.json`, `log.txt` and the steps' own files into the output folder. A step that fails
 or runs too long is reported there, and the rest goes on. The exit status is 1 if a step failed.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from gpu_info import origin, require_cuda
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
 LEAST_S = 15  # no step is started for less
 NOT_INSTALLED = 77  # exit status of a step that lacks a package
@@ -59,7 +59,7 @@ def missing(*packages: str) -> str:
 
 def steps(out: Path) -> list[Step]:
     """In the order of what matters most: the time may run out."""
-    script = [sys.executable, str(ROOT / "scripts")]
+    script = [sys.executable, str(Path(__file__).resolve().parent)]
     tools = missing("pytest", "hypothesis", "numba")
     # most of the time goes into compiling, which several processes do faster
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []

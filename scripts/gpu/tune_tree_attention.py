@@ -1,7 +1,7 @@
 """Measure launch configurations of tree attention on this GPU and write the best to the table.
 
-    python scripts/tune_tree_attention.py              # into kernels/tuned.json
-    python scripts/tune_tree_attention.py --short --table build/gpu/tuned.json
+    python scripts/gpu/tune_tree_attention.py              # into kernels/tuned.json
+    python scripts/gpu/tune_tree_attention.py --short --table build/gpu/tuned.json
 
 For each shape the search starts from `launch_config` and changes one field at a time, over and over
 until no change is faster. A candidate is timed only if its output agrees with the float64 oracle.

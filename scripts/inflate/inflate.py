@@ -1,9 +1,9 @@
 """Gives the shipped pair the cost of a real one: larger models that say the same.
 
 \b
-    python scripts/inflate.py --preset cpu --out DIR              # DIR/target and DIR/draft
-    python scripts/inflate.py --preset 8b --out DIR --role target
-    python scripts/inflate.py --preset 34b --out DIR --dry-run    # sizes alone
+    python scripts/inflate/inflate.py --preset cpu --out DIR              # DIR/target and DIR/draft
+    python scripts/inflate/inflate.py --preset 8b --out DIR --role target
+    python scripts/inflate/inflate.py --preset 34b --out DIR --dry-run    # sizes alone
 
 Nothing is downloaded. Added layers have output projections (o_proj, down_proj) of zero, added heads
 and feed-forward channels have zero columns there, added residual channels stay zero (or repeat the
@@ -47,7 +47,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-PAIR = Path(__file__).resolve().parent.parent / "vllm_ouroboros" / "assets" / "tiny-code"
+from vllm_ouroboros.cli.inputs import PAIR
+
 COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -61,7 +62,7 @@ COPIED = (
 )
 NOTE = """# {name}, inflated
 
-A function-preserving inflation of `{name}`, made by `scripts/inflate.py`: it costs
+A function-preserving inflation of `{name}`, made by `scripts/inflate/inflate.py`: it costs
 what a model of its size costs and says what the small one says. Tables made with it must say that
 it is inflated.
 

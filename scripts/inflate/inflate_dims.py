@@ -1,4 +1,4 @@
-"""Sizes of Llama models: the presets of scripts/inflate.py, and which source fits into which."""
+"""Sizes of Llama models: the presets of `inflate.py`, and which source fits into which."""
 
 from __future__ import annotations
 

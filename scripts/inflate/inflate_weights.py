@@ -1,4 +1,4 @@
-"""Weights of an inflated Llama model, one tensor at a time (see scripts/inflate.py)."""
+"""Weights of an inflated Llama model, one tensor at a time (see scripts/inflate/inflate.py)."""
 
 from __future__ import annotations
 

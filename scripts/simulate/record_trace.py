@@ -1,7 +1,8 @@
 """Records a trace for simulation: a target writes, a draft model reads it.
 
 \b
-    python scripts/record_trace.py --target DIR --draft-model DIR --prompts FILE --out TRACE
+    python scripts/simulate/record_trace.py --target DIR --draft-model DIR --prompts FILE \
+        --out TRACE
 
 See `simulate.py`, which needs no model any more.
 """

@@ -1,8 +1,9 @@
 """Tries the adaptive policy on recorded traces, against every fixed setting of a list.
 
 \b
-    python scripts/record_trace.py --target DIR --draft-model DIR --prompts FILE --out TRACE
-    python scripts/simulate.py --trace code=TRACE --costs FILE.costs.json --out ROWS
+    python scripts/simulate/record_trace.py --target DIR --draft-model DIR --prompts FILE \
+        --out TRACE
+    python scripts/simulate/simulate.py --trace code=TRACE --costs FILE.costs.json --out ROWS
 
 No model runs here: what the target wrote and the draft model would have said comes from the
 trace, drafting, trees, pool and policy are the plugin's own, and time is what the costs of an
@@ -23,14 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from bench_forwards import commit
 from rich.console import Console
 from rich.table import Table
 from simulate_engine import SimulatedEngine
 from simulate_trace import Trace
 from tqdm import tqdm
 
-from vllm_ouroboros.costs import Costs, read_costs
+from vllm_ouroboros.cli.provenance import commit
+from vllm_ouroboros.policy.forward_costs import Costs, read_costs
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 

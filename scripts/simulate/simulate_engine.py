@@ -14,12 +14,12 @@ from simulate_trace import Text, Trace
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_ouroboros.adaptive import Policy
-from vllm_ouroboros.costs import Costs
-from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.proposer import OuroborosProposer
-from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.tree import ROOT, DraftTree, child_of
+from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.policy.forward_costs import Costs
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, child_of
+from vllm_ouroboros.verify.acceptance import Verified
 
 MAX_LEN = 4096
 

@@ -1,8 +1,8 @@
 """A randomized soak: no error, no hang, memory flat, and vanilla's answers.
 
-    python scripts/soak.py --requests 2000 --concurrency 16 --seed 0
+    python scripts/soak/soak.py --requests 2000 --concurrency 16 --seed 0
 
-Sends random requests (scripts/soak_requests.py) to a server with Ouroboros and checks each answer:
+Sends random requests (`soak_requests.py`) to a server with Ouroboros and checks each answer:
 well-formed, and equal to vanilla's where it is deterministic (greedy or with a seed). Clients that
 leave early are among them. In the end the server must be healthy and idle, must have speculated,
 and its memory must not have grown.
@@ -31,8 +31,9 @@ from soak_requests import Prompts, Request, last_request, random_request, refere
 from soak_servers import Guard, Memory, Server, idle, metrics
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIR = ROOT / "vllm_ouroboros" / "assets" / "tiny-code"
+from vllm_ouroboros.cli.inputs import PAIR
+
+ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 10
 COUNTED = {
     "drafted": "vllm:spec_decode_num_draft_tokens_total",

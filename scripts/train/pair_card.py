@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pair_data import LOOP_COUNT, LOOP_NGRAM, MAX_LINES, MIN_LINES, SPECIAL_TOKENS
+from pair_data import MAX_LINES, MIN_LINES, SPECIAL_TOKENS
 from pair_eval import Evaluation
+
+from vllm_ouroboros.cli.loops import LOOP_COUNT, LOOP_NGRAM
 
 STAGE_TEXT = {
     "target": "target: next token",
@@ -39,7 +41,7 @@ def write_card(
             "",
             "Two Llama-architecture models of single Python functions, for tests, demo and "
             "benchmarks of speculative decoding. Not for writing code. Made by "
-            "`scripts/train_pair.py`, which also wrote this card.",
+            "`scripts/train/train_pair.py`, which also wrote this card.",
             "",
             *_shapes(directories),
             "",

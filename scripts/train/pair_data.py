@@ -9,7 +9,6 @@ import multiprocessing
 import site
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ BOS_ID, EOS_ID = 0, 1
 SPECIAL_TOKENS = ["<s>", "</s>"]
 MIN_LINES, MAX_LINES = 3, 50
 MAX_FILE_BYTES = 1_000_000  # larger files are generated tables
-LOOP_NGRAM, LOOP_COUNT = 4, 8  # a text loops if a token 4-gram occurs more than 8 times
 # One token for a line break with its indentation: with separate tokens a small model falls into
 # endless spaces under greedy decoding.
 SPLIT_PATTERN = r"\n+ *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z0-9_]+|[^\S\n]+"
@@ -204,14 +202,3 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise PairError(f"'{path}' does not exist; run the corpus command, or name another pair")
     return add_bos(Tokenizer.from_file(str(path)))
-
-
-def max_ngram_count(tokens: Sequence[int], n: int = LOOP_NGRAM) -> int:
-    """How often the most frequent n-gram of `tokens` occurs (0 for fewer than n tokens)."""
-    counts = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
-    return max(counts.values(), default=0)
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether a text loops: a token 4-gram occurs more than 8 times."""
-    return max_ngram_count(tokens) > LOOP_COUNT

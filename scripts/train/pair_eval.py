@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pair_data import EOS_ID, PairError, load_tokenizer, loops, read_prompts
+from pair_data import EOS_ID, PairError, load_tokenizer, read_prompts
 from pair_generate import generate
 from pair_model import Llama, load_model
 from pair_samples import pad_rows
 from rich.progress import track
+
+from vllm_ouroboros.cli.loops import loops
 
 BATCH = 32  # prompts
 

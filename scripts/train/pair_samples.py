@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pair_data import BOS_ID, EOS_ID, Function, loops
+from pair_data import BOS_ID, EOS_ID, Function
 from tokenizers import Tokenizer
+
+from vllm_ouroboros.cli.loops import loops
 
 
 @dataclass(frozen=True)

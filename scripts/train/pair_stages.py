@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from pair_data import LOOP_NGRAM
 from pair_generate import generate
 from pair_loss import mixed_loss, next_token_loss
 from pair_model import Llama
 from pair_samples import Samples, batches, pad_rows
 from pair_train import NextStep, Settings, Step
 from torch import Tensor
+
+from vllm_ouroboros.cli.loops import LOOP_NGRAM
 
 PROMPT_TOKENS = (8, 128)  # shortest and longest prompt continued in training
 MARKED_PER_TEXT = 32  # tokens; a loop is left where it begins, the rest only costs time

@@ -1,12 +1,12 @@
 """Trains the tiny code pair (target and draft) from the Python sources on this machine.
 
 \b
-    python scripts/train_pair.py corpus   --work DIR [--init-from PAIR] [--exclude FILE.jsonl]
-    python scripts/train_pair.py target   --work DIR --minutes 60
-    python scripts/train_pair.py unloop   --work DIR --minutes 10
-    python scripts/train_pair.py draft    --work DIR --minutes 25
-    python scripts/train_pair.py export   --work DIR --out PAIR
-    python scripts/train_pair.py evaluate PAIR --prompts FILE.jsonl
+    python scripts/train/train_pair.py corpus   --work DIR [--init-from PAIR] [--exclude FILE.jsonl]
+    python scripts/train/train_pair.py target   --work DIR --minutes 60
+    python scripts/train/train_pair.py unloop   --work DIR --minutes 10
+    python scripts/train/train_pair.py draft    --work DIR --minutes 25
+    python scripts/train/train_pair.py export   --work DIR --out PAIR
+    python scripts/train/train_pair.py evaluate PAIR --prompts FILE.jsonl
 
 Every training command resumes from its checkpoint in the work directory, may be stopped at any
 time (the last two minutes are lost), and starts from what the commands before it left there.

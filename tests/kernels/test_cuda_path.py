@@ -14,15 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_ouroboros import compat, cuda_attention, cuda_worker
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.cuda_accept import walk_on_device
-from vllm_ouroboros.cuda_attention import TreeRows, layer_tables
-from vllm_ouroboros.cuda_step import CudaTreeStep, StaticSteps, to_device
-from vllm_ouroboros.draft_graphs import SIZES, DraftGraphs
+from vllm_ouroboros.draft.cuda_graphs import SIZES, DraftGraphs
+from vllm_ouroboros.integration import compat, cuda_worker
 from vllm_ouroboros.kernels.reference import tree_attention
-from vllm_ouroboros.sampler import _plain_path, greedy
-from vllm_ouroboros.tree import DraftTree, NodeSource, step_mask
+from vllm_ouroboros.trees.draft_tree import DraftTree, NodeSource, step_mask
+from vllm_ouroboros.verify.acceptance import _plain_path, greedy
+from vllm_ouroboros.verify.cuda import attention as cuda_attention
+from vllm_ouroboros.verify.cuda.acceptance import walk_on_device
+from vllm_ouroboros.verify.cuda.attention import TreeRows, layer_tables
+from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps, to_device
 
 HEADS, KV_HEADS, DIM, PAGE, BLOCKS = 4, 2, 16, 16, 8
 SLOW = settings(

@@ -12,7 +12,7 @@ import torch
 
 from vllm_ouroboros.kernels.reference import unpack_mask
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "gpu"
 
 
 @pytest.fixture(scope="module")

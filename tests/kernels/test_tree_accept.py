@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vllm_ouroboros.kernels import reference
 from vllm_ouroboros.kernels.tree_accept import accept_trees, choose_tokens
-from vllm_ouroboros.tree import walk
+from vllm_ouroboros.trees.draft_tree import walk
 
 SLOW = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import engine_process, pool_file
-from vllm_ouroboros.engine_process import EngineProcess
+from vllm_ouroboros.cli import engine_process
+from vllm_ouroboros.cli.engine_process import EngineProcess
+from vllm_ouroboros.cli.inputs import TARGET
+from vllm_ouroboros.phrases import pool_file
 
-from .engine_children import CHILD
+from .helpers.engine_children import CHILD
 
 
 class Log(logging.Handler):
@@ -53,8 +55,7 @@ def vllm_config():
     from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 
     config = VllmConfig()
-    pair = Path(pool_file.__file__).parent / "assets" / "tiny-code"
-    config.model_config = ModelConfig(model=str(pair / "target"))
+    config.model_config = ModelConfig(model=str(TARGET))
     with set_current_vllm_config(config):
         yield  # not the config: hypothesis prints its arguments, and a bare config has no repr
 

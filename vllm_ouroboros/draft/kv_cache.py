@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from vllm_ouroboros.draft_model import DraftModel
-from vllm_ouroboros.drafting import Drafting
+from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.trees.drafting import Drafting
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -19,13 +19,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.tree_step import AnyStep, TreeOnly
+from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.verify.tree_step import AnyStep, TreeOnly
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_ouroboros.draft_graphs import DraftGraphs
+    from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 
 
 @njit(cache=True)

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_ouroboros.adaptive import Policy
-from vllm_ouroboros.counters import Counters, StepClock
-from vllm_ouroboros.draft_cache import Behind, DraftCache
-from vllm_ouroboros.draft_model import DraftModel
-from vllm_ouroboros.draft_sampling import DraftSampling
-from vllm_ouroboros.drafting import OTHERS, Drafting, Width
-from vllm_ouroboros.rounds import Round
-from vllm_ouroboros.sampler import greedy
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler
-from vllm_ouroboros.tree import step_mask
+from vllm_ouroboros.draft.kv_cache import Behind, DraftCache
+from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.sampling import DraftSampling
+from vllm_ouroboros.metrics.counters import Counters
+from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.trees.draft_tree import step_mask
+from vllm_ouroboros.trees.drafting import OTHERS, Drafting, Width
+from vllm_ouroboros.trees.round_rows import Round
+from vllm_ouroboros.verify.acceptance import greedy
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.rounds import BRANCHES, Round
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler
-from vllm_ouroboros.tree import ROOT, child_of
+from vllm_ouroboros.trees.draft_tree import ROOT, child_of
+from vllm_ouroboros.trees.drafting import Drafting
+from vllm_ouroboros.trees.request_state import BRANCHES
+from vllm_ouroboros.trees.round_rows import Round
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

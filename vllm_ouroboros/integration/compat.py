@@ -18,12 +18,12 @@ VLLM_SUPPORTED = ("0.32.0", "0.33.0")
 """First supported version and first unsupported one."""
 
 WORKERS = {
-    "cpu": "vllm_ouroboros.cpu_worker.OuroborosCPUWorker",
-    "cuda": "vllm_ouroboros.cuda_worker.OuroborosCUDAWorker",
+    "cpu": "vllm_ouroboros.integration.cpu_worker.OuroborosCPUWorker",
+    "cuda": "vllm_ouroboros.integration.cuda_worker.OuroborosCUDAWorker",
 }
 """Our worker on each of vLLM's platforms, by device type."""
 
-SCHEDULER = "vllm_ouroboros.scheduler.OuroborosScheduler"
+SCHEDULER = "vllm_ouroboros.integration.scheduler.OuroborosScheduler"
 
 _SPECULATIVE = frozenset({
     "model", "method", "num_speculative_tokens",

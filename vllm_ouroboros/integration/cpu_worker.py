@@ -10,10 +10,10 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_ouroboros.attention_kernel import share_threads
-from vllm_ouroboros.runner import TreeRunner
-from vllm_ouroboros.tree_step import TreeStep
-from vllm_ouroboros.worker import OuroborosCalls, take_place_of
+from vllm_ouroboros.integration.runner import TreeRunner
+from vllm_ouroboros.integration.worker import OuroborosCalls, take_place_of
+from vllm_ouroboros.verify.cpu.attention_kernel import share_threads
+from vllm_ouroboros.verify.cpu.tree_step import TreeStep
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -45,7 +45,8 @@ class OuroborosCPUWorker(OuroborosCalls, CPUWorker):
 
     def init_device(self) -> None:
         take_place_of(
-            AttentionBackendEnum.CPU_ATTN, "vllm_ouroboros.attention.TreeAttentionBackend"
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_ouroboros.verify.cpu.attention.TreeAttentionBackend",
         )
         # The worker names its runner's class by a module global and has no hook for another one
         # (GPU workers have `_make_model_runner`): swapped for this call alone, in this process.

@@ -19,14 +19,14 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.cuda_accept import walk_on_device
-from vllm_ouroboros.cuda_attention import TreeRows, layer_tables
-from vllm_ouroboros.cuda_step import CudaTreeStep, StaticSteps
-from vllm_ouroboros.draft_graphs import MAX_ROWS, DraftGraphs
+from vllm_ouroboros.draft.cuda_graphs import MAX_ROWS, DraftGraphs
+from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
+from vllm_ouroboros.integration.worker import OuroborosCalls, take_place_of
 from vllm_ouroboros.kernels.kv_compact import KVLayers
-from vllm_ouroboros.runner import TreeBatch, TreeRunner
-from vllm_ouroboros.tree import step_mask
-from vllm_ouroboros.worker import OuroborosCalls, take_place_of
+from vllm_ouroboros.trees.draft_tree import step_mask
+from vllm_ouroboros.verify.cuda.acceptance import walk_on_device
+from vllm_ouroboros.verify.cuda.attention import TreeRows, layer_tables
+from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps
 
 
 class OuroborosCUDARunner(TreeRunner):
@@ -164,7 +164,7 @@ class OuroborosCUDAWorker(OuroborosCalls, Worker):
             (AttentionBackendEnum.FLASH_ATTN, "TreeFlashBackend"),
             (AttentionBackendEnum.TRITON_ATTN, "TreeTritonBackend"),
         ):
-            take_place_of(backend, f"vllm_ouroboros.cuda_attention.{name}")
+            take_place_of(backend, f"vllm_ouroboros.verify.cuda.attention.{name}")
         super().init_device()
 
     def _make_model_runner(self) -> OuroborosCUDARunner:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_ouroboros.config import OuroborosConfig
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.idle_save import IdleSave
-from vllm_ouroboros.phrases import Scopes
-from vllm_ouroboros.token_sampler import Sampled, can_speculate
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.phrases.idle_save import IdleSave
+from vllm_ouroboros.phrases.scopes import Scopes
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.trees.drafting import Drafting
+from vllm_ouroboros.verify.token_sampler import Sampled, can_speculate
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState

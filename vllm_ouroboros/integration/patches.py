@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ouroboros.compat import SCHEDULER, check_engine, worker
 from vllm_ouroboros.config import ConfigError, is_ours, is_selected
+from vllm_ouroboros.integration.compat import SCHEDULER, check_engine, worker
 
 
 @dataclass(frozen=True)

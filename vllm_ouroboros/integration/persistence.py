@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_ouroboros.idle_save import IdleSave
-from vllm_ouroboros.pool_file import PoolFile, tokenizer_hash
+from vllm_ouroboros.phrases.idle_save import IdleSave
+from vllm_ouroboros.phrases.pool_file import PoolFile, tokenizer_hash
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-    from vllm_ouroboros.costs import Costs
-    from vllm_ouroboros.phrases import PhrasePool
+    from vllm_ouroboros.phrases.pool import PhrasePool
+    from vllm_ouroboros.policy.forward_costs import Costs
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
 

@@ -11,7 +11,7 @@ def register() -> None:
     With a vLLM version that we do not know, selecting us is refused at start-up (see `compat`),
     and everything else runs as if we were not installed.
     """
-    from vllm_ouroboros.patches import apply_all
+    from vllm_ouroboros.integration.patches import apply_all
 
     try:
         apply_all()

@@ -9,20 +9,26 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
-from vllm_ouroboros import step_trees
-from vllm_ouroboros.adaptive import Policy, Step
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
-from vllm_ouroboros.counters import Counters, StepClock
-from vllm_ouroboros.draft_cache import Behind
-from vllm_ouroboros.draft_model import DraftModel
-from vllm_ouroboros.draft_rounds import DraftRounds
-from vllm_ouroboros.drafting import Drafting, warm_up
-from vllm_ouroboros.kept import Kept
-from vllm_ouroboros.live_requests import LiveRequests, Request
-from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource
-from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.step_trees import Drafted
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, stateless
+from vllm_ouroboros.draft.kv_cache import Behind
+from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.rounds import DraftRounds
+from vllm_ouroboros.integration import step_trees
+from vllm_ouroboros.integration.live_requests import LiveRequests, Request
+from vllm_ouroboros.integration.persistence import Kept
+from vllm_ouroboros.integration.step_trees import Drafted
+from vllm_ouroboros.metrics.counters import Counters
+from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.policy import acceptance_estimates
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.policy.throughput import Step
+from vllm_ouroboros.trees import drafting
+from vllm_ouroboros.trees.drafting import Drafting
+from vllm_ouroboros.verify.acceptance import Verified
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, stateless
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -127,7 +133,8 @@ class OuroborosProposer:
         model = self.runner.model_config
         if self.draft is not None:
             self.draft.load()
-        warm_up()
+        drafting.warm_up()
+        acceptance_estimates.warm_up()
         if self.config.pool_path is not None:
             self.kept = Kept(self.drafting.pool, self.config.pool_path, model)
             self.requests.idle_save = self.kept.idle_save

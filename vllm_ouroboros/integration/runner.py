@@ -18,13 +18,13 @@ import torch
 from vllm.v1.sample import logits_processor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_ouroboros.adaptive import Policy
-from vllm_ouroboros.costs import Costs, measure
-from vllm_ouroboros.proposer import OuroborosProposer
-from vllm_ouroboros.sampler import Verified, verify
-from vllm_ouroboros.token_sampler import TokenSampler, build_processors
-from vllm_ouroboros.tree import DraftTree, depths, step_mask
-from vllm_ouroboros.tree_step import AnyStep, attach
+from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.policy.forward_costs import Costs, measure
+from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask
+from vllm_ouroboros.verify.acceptance import Verified, verify
+from vllm_ouroboros.verify.token_sampler import TokenSampler, build_processors
+from vllm_ouroboros.verify.tree_step import AnyStep, attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

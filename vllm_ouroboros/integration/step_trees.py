@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ouroboros.adaptive import Policy
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.live_requests import Request
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.integration.live_requests import Request
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.trees.drafting import Drafting
 
 
 class Drafted(NamedTuple):

@@ -8,7 +8,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 if TYPE_CHECKING:
-    from vllm_ouroboros.runner import TreeRunner
+    from vllm_ouroboros.integration.runner import TreeRunner
 
 
 def take_place_of(backend: AttentionBackendEnum, path: str) -> None:

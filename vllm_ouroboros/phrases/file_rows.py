@@ -12,7 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.phrases import FIRST_HASH, PhrasePool, PhraseSource, PoolArrays, insert
+from vllm_ouroboros.phrases.arrays import PhraseSource, PoolArrays
+from vllm_ouroboros.phrases.contexts import FIRST_HASH
+from vllm_ouroboros.phrases.insertion import insert
+from vllm_ouroboros.phrases.pool import PhrasePool
 
 DTYPES = {
     "keys": "int32", "lengths": "int32", "sources": "int8", "times": "uint8", "tokens": "int32",

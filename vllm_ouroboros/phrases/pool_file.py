@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from vllm_ouroboros import pool_rows
-from vllm_ouroboros.phrases import PhrasePool
+from vllm_ouroboros.phrases import file_rows as pool_rows
+from vllm_ouroboros.phrases.pool import PhrasePool
 
 FORMAT = "vllm-ouroboros phrase pool"
 FORMAT_VERSION = 5

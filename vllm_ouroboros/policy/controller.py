@@ -9,53 +9,22 @@ that still holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ouroboros.costs import Costs, refined
-from vllm_ouroboros.estimates import EDGES, Estimates, Leaning, lean
-from vllm_ouroboros.known import FORGET, SMOOTH, Known, Manner
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.policy.acceptance_estimates import Estimates, Leaning, lean
+from vllm_ouroboros.policy.forward_costs import Costs, refined
+from vllm_ouroboros.policy.request_statistics import SMOOTH, Known, Manner
+from vllm_ouroboros.policy.throughput import Speed, Step
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.trees.node_kinds import EDGES
 
 PROBING = 0.008  # share of all time that looking at drafts which do not pay may take
 IDLE = 20.0  # a step that took so many times its forwards held a pause
 FLOOR = 0.01  # probability below which a node is never worth its host work
 EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
 LOOK = 4  # steps that a look at drafts takes
-TRUSTED = 8  # steps until the speed of a batch is known
 DOUBT = 2.5  # what the odds of a node are divided by: of many, those overrated look best
-
-
-class Step(NamedTuple):
-    """One step of the engine: verification, and the draft for the next step."""
-
-    requests: int
-    tokens: int  # emitted
-    forwards: float  # seconds that the forwards of both models took
-    decoding: bool  # whether no request was in its prompt
-    drafted: bool = False  # whether the draft model was asked
-
-
-@dataclass
-class Speed:
-    """Tokens per second of batches of one size, of late."""
-
-    tokens: float = 0.0
-    seconds: float = 0.0
-    steps: int = 0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """One step."""
-        self.tokens = FORGET * self.tokens + tokens
-        self.seconds = FORGET * self.seconds + seconds
-        self.steps += 1
-
-    @property
-    def value(self) -> float:
-        """The speed; 0 while unknown."""
-        return self.tokens / max(self.seconds, 1e-9) if self.steps >= TRUSTED else 0.0
 
 
 class Policy:

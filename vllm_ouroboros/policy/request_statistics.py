@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_ouroboros.estimates import Estimates, Leaning
+from vllm_ouroboros.policy.acceptance_estimates import Estimates, Leaning
 
 SMOOTH = 0.05  # weight of a new step in averages
 FORGET = 0.98  # what a step leaves of the steps before it, in counts

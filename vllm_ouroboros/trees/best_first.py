@@ -13,7 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.estimates import (
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
+from vllm_ouroboros.phrases.eviction import find
+from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource
+from vllm_ouroboros.trees.node_kinds import (
     ALONE,
     BEYOND,
     COUNTS,
@@ -25,8 +29,6 @@ from vllm_ouroboros.estimates import (
     grade,
     kind_of,
 )
-from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, find, key_of
-from vllm_ouroboros.tree import ROOT, NodeSource
 
 _DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)

@@ -10,19 +10,15 @@ from enum import IntEnum
 
 import numpy as np
 
-from vllm_ouroboros.best_first import Ranked, grow_best
-from vllm_ouroboros.estimates import KINDS, Estimates, Leaning
-from vllm_ouroboros.lengthening import build_trees, learn
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource, insert_text
-from vllm_ouroboros.rounds import (
-    BRANCHES,
-    Requests,
-    Round,
-    absorb_round,
-    plan_branches,
-    plan_round,
-)
-from vllm_ouroboros.tree import DraftTree, depths, step_mask, walk
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.insertion import insert_text
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.best_first import Ranked, grow_best
+from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask, walk
+from vllm_ouroboros.trees.lengthening import build_trees, learn
+from vllm_ouroboros.trees.node_kinds import KINDS
+from vllm_ouroboros.trees.request_state import BRANCHES, Requests
+from vllm_ouroboros.trees.round_rows import Round, absorb_round, plan_branches, plan_round
 
 FEW = 4
 """Phrases of a round that carries few."""
@@ -282,9 +278,7 @@ def warm_up() -> None:
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
     drafting.plan_branches(slots)
-    [grown], _ = drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
-    Estimates().learn(grown, text[0, :1], Leaning())
-    Estimates().steps_saved(grown, text[0, :1], 0)
+    drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
     drafting.build(slots, slots, text)
     tree = drafting.tree(slot)
     size = len(tree.tokens)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vllm_ouroboros.phrases import PhraseSource, find, insert
-from vllm_ouroboros.tree import ROOT, NodeSource, child_of, grow
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.eviction import find
+from vllm_ouroboros.phrases.insertion import insert
+from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, child_of, grow
 
 _DRAFT = int(NodeSource.DRAFT)
 _SUFFIX = int(NodeSource.SUFFIX)

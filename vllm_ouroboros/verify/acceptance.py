@@ -17,8 +17,8 @@ import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler
-from vllm_ouroboros.tree import ROOT, DraftTree, child_of, walk
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, child_of, walk
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
 
 
 class Verified(NamedTuple):

@@ -24,15 +24,16 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 import vllm_ouroboros
-from vllm_ouroboros import compat, draft_graphs
-from vllm_ouroboros.cpu_worker import OuroborosCPUWorker
-from vllm_ouroboros.cuda_attention import TreeRows, TreeTritonBuilder
-from vllm_ouroboros.cuda_step import StaticSteps
-from vllm_ouroboros.cuda_worker import OuroborosCUDARunner
-from vllm_ouroboros.draft_graphs import DraftGraphs
+from vllm_ouroboros.draft import cuda_graphs as draft_graphs
+from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
+from vllm_ouroboros.integration import compat
+from vllm_ouroboros.integration.cpu_worker import OuroborosCPUWorker
+from vllm_ouroboros.integration.cuda_worker import OuroborosCUDARunner
+from vllm_ouroboros.integration.worker import take_place_of
 from vllm_ouroboros.kernels.reference import tree_attention
-from vllm_ouroboros.tree import step_mask
-from vllm_ouroboros.worker import take_place_of
+from vllm_ouroboros.trees.draft_tree import step_mask
+from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
+from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 CALLS = {"tree": 0, "static": 0, "replays": 0, "walks": 0}
 draft_graphs.SIZES, draft_graphs.MAX_ROWS = (32, 96), 96  # interpreted rows take long

@@ -24,7 +24,7 @@ import vllm_ouroboros
 
 job = json.load(sys.stdin)
 llm = LLM(**job["engine"])
-from vllm_ouroboros.costs import Costs, Curve
+from vllm_ouroboros.policy.forward_costs import Costs, Curve
 
 class Known(Curve):
     def observe(self, rows, seconds):

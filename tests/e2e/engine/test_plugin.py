@@ -35,8 +35,8 @@ def changed(before, after):
     # the objects are kept alive, so identity means identity
     return sorted(".".join(key) for key, value in before.items() if after.get(key) is not value)
 
-from vllm_ouroboros.plugin import register
-from vllm_ouroboros import patches
+from vllm_ouroboros.integration.plugin import register
+from vllm_ouroboros.integration import patches
 before = snapshot()
 register()
 once = snapshot()
@@ -48,7 +48,7 @@ print(json.dumps({
     "listed": sorted(
         f"{p.owner().__module__}.{p.owner().__qualname__}.{p.name}" for p in patches.PATCHES
     ),
-    "torch models": [m for m in sys.modules if m.startswith("vllm_ouroboros.runner")],
+    "torch models": [m for m in sys.modules if m.startswith("vllm_ouroboros.integration.runner")],
 }))
 """
 
@@ -65,7 +65,7 @@ print(json.dumps({
     "backend": AttentionBackendEnum.CPU_ATTN.get_path(),
     "additional": config.additional_config,
     "hash": config.compute_hash(),
-    "loaded": "vllm_ouroboros.patches" in sys.modules,
+    "loaded": "vllm_ouroboros.integration.patches" in sys.modules,
 }))
 """
 
@@ -105,7 +105,7 @@ def test_command_line(pair, flag):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_ouroboros.plugin import register
+    from vllm_ouroboros.integration.plugin import register
 
     register()
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
@@ -124,4 +124,7 @@ def test_command_line(pair, flag):
         "ouroboros": {"draft_model": str(pair / "draft"), "draft_tokens": 5, "num_suffixes": 1},
         "other": 2,
     }
-    assert config.parallel_config.worker_cls == "vllm_ouroboros.cpu_worker.OuroborosCPUWorker"
+    assert (
+        config.parallel_config.worker_cls
+        == "vllm_ouroboros.integration.cpu_worker.OuroborosCPUWorker"
+    )

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from vllm_ouroboros.compat import check_version
-from vllm_ouroboros.plugin import register
+from vllm_ouroboros.integration.compat import check_version
+from vllm_ouroboros.integration.plugin import register
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 import vllm_ouroboros
-from vllm_ouroboros.costs import read_costs
+from vllm_ouroboros.policy.forward_costs import read_costs
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 

@@ -1,4 +1,4 @@
-"""The randomized soak of scripts/soak.py, a short one."""
+"""The randomized soak of scripts/soak/soak.py, a short one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "soak"
 sys.path.insert(0, str(SCRIPTS))
 
 import soak  # noqa: E402

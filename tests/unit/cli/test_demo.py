@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from vllm_ouroboros import demo
-from vllm_ouroboros.demo_engine import EngineResult, Generation
-from vllm_ouroboros.demo_report import Comparison
+from vllm_ouroboros.cli import inputs
+from vllm_ouroboros.cli.demo import job as demo_job
+from vllm_ouroboros.cli.demo import run as demo
+from vllm_ouroboros.cli.demo.engine import EngineResult, Generation
+from vllm_ouroboros.cli.demo.report import Comparison
+from vllm_ouroboros.cli.inputs import InputError
 
-from .cli_fakes import invoke, job
+from ..helpers.cli_fakes import invoke, job
 
 
 def test_models_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
@@ -22,8 +25,8 @@ def test_models_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model:
     assert job(model=model, draft_model=model).draft_model == model
     monkeypatch.chdir(Path(model).parent)
     assert job(model="model").model == model
-    monkeypatch.setattr(demo, "TARGET", Path(model))
-    monkeypatch.setattr(demo, "DRAFT", Path(model))
+    monkeypatch.setattr(demo_job, "TARGET", Path(model))
+    monkeypatch.setattr(demo_job, "DRAFT", Path(model))
     assert job().draft_model == model
     assert job(draft_model="none").engine(ouroboros=True).ouroboros == {"draft_model": None}
     assert job().engine(ouroboros=False).ouroboros is None
@@ -32,7 +35,7 @@ def test_models_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model:
 def test_prompts_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"id": "a", "prompt": "def a():"}\n\n{"id": "b", "prompt": "def b():\\n"}\n')
-    monkeypatch.setattr(demo, "PROMPTS", file)
+    monkeypatch.setattr(inputs, "PROMPTS", file)
     assert job(model=model, prompts=None).prompts == (("a", "def a():"), ("b", "def b():\n"))
     assert job(model=model, prompts=["x\n", "y"]).prompts == (
         ("prompt 1", "x\n"),
@@ -40,7 +43,7 @@ def test_prompts_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model
     )
     for broken in ("{", '{"id": 1}', "[1]"):
         file.write_text(broken)
-        with pytest.raises(demo.DemoError, match="cannot be read"):
+        with pytest.raises(InputError, match="cannot be read"):
             job(model=model, prompts=None)
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import demo
-from vllm_ouroboros.demo_engine import EngineJob, EngineResult, match_origins, token_pieces
-from vllm_ouroboros.engine_process import EngineError
+from vllm_ouroboros.cli.demo import run as demo
+from vllm_ouroboros.cli.demo.engine import EngineJob, EngineResult, match_origins, token_pieces
+from vllm_ouroboros.cli.engine_process import EngineError
+from vllm_ouroboros.cli.inputs import InputError
 
-from .cli_fakes import job
+from ..helpers.cli_fakes import job
 
 # -- the parent's side -------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def test_an_error_says_whose_it_is_and_ends_both(
     stage: Stage, model: str, name: str, title: str, what: str
 ) -> None:
     stage.broken = f"{name} {what}"
-    with pytest.raises(demo.DemoError, match=f"^{title}: MyError: no$"):
+    with pytest.raises(InputError, match=f"^{title}: MyError: no$"):
         demo._run_engines(job(model=model), Shown(), False)
     assert not stage.running
     started = sum(entry.endswith("starts") for entry in stage.log) - (what == "starts")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ouroboros import doctor
+from vllm_ouroboros.cli.doctor import report as doctor
 
-from .cli_fakes import invoke
+from ..helpers.cli_fakes import invoke
 
 
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.integration import compat
 
     monkeypatch.setattr(compat, "environment", lambda: {"python": "3"})
     monkeypatch.setattr(compat, "check_environment", list)
@@ -35,7 +35,7 @@ def test_doctor_without_problems() -> None:
 
 @pytest.mark.usefixtures("healthy")
 def test_doctor_reports_what_compat_refuses(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.integration import compat
 
     seen = []
 
@@ -63,7 +63,7 @@ def test_doctor_checks_options_without_a_model() -> None:
 
 @pytest.mark.usefixtures("healthy")
 def test_doctor_reports_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.integration import compat
 
     def broken() -> list[str]:
         raise ImportError("no vllm")
@@ -91,7 +91,7 @@ def test_doctor_refuses_bad_arguments(model: str) -> None:
 
 def test_the_plugin_is_found_unless_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    assert doctor.plugin_state() == ("found (vllm_ouroboros.plugin:register)", [])
+    assert doctor.plugin_state() == ("found (vllm_ouroboros.integration.plugin:register)", [])
     monkeypatch.setenv("VLLM_PLUGINS", "other,ouroboros")
     assert doctor.plugin_state()[1] == []
     monkeypatch.setenv("VLLM_PLUGINS", "")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import engine_process
-from vllm_ouroboros.engine_process import (
+from vllm_ouroboros.cli import engine_process
+from vllm_ouroboros.cli.engine_process import (
     EngineError,
     EngineProcess,
     available_memory,
@@ -24,7 +24,7 @@ from vllm_ouroboros.engine_process import (
     peak_memory,
 )
 
-from .engine_children import CHILD, READY, gone, state
+from ..helpers.engine_children import CHILD, READY, gone, state
 
 # -- the parent's side -------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ def test_a_stopped_engine_ends_with_its_parent() -> None:
     """Even when the parent is killed, which nothing in a stopped process could notice."""
     code = (
         "import time\n"
-        "from vllm_ouroboros import engine_process as p\n"
+        "from vllm_ouroboros.cli import engine_process as p\n"
         f"p.child_code = lambda module: {CHILD + READY!r}\n"
         "e = p.EngineProcess('m', 'm', [])\n"
         "e.pause(); print(e.group, flush=True); time.sleep(600)\n"
@@ -164,7 +164,7 @@ def test_an_engine_ends_with_its_parent() -> None:
         [
             sys.executable,
             "-c",
-            "from vllm_ouroboros import engine_process as p; p.end_with_parent()",
+            "from vllm_ouroboros.cli import engine_process as p; p.end_with_parent()",
         ],
         stdin=subprocess.PIPE,
         start_new_session=True,

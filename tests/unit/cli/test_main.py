@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cli_fakes import invoke
+from ..helpers.cli_fakes import invoke
 
 
 def test_help_and_version_import_neither_vllm_nor_torch() -> None:
     code = (
         "import sys\n"
-        "from vllm_ouroboros import cli\n"
+        "from vllm_ouroboros.cli import main as cli\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'vllm', 'torch', 'rich.progress', 'numba'} & sys.modules.keys()\n"
@@ -51,7 +51,7 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
 def test_the_readme_lists_every_option_with_its_default_and_range() -> None:
     from vllm_ouroboros.config import OuroborosConfig
 
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "README.md").read_text()
     found = {
         row[0]: row[1:]
         for row in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \| .* \|$", text, re.MULTILINE)

@@ -12,14 +12,15 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.cpu_worker import OuroborosCPURunner
-from vllm_ouroboros.draft_sampling import DraftSampling
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
-from vllm_ouroboros.rounds import BRANCHES
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.draft.sampling import DraftSampling
+from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.drafting import Drafting
+from vllm_ouroboros.trees.request_state import BRANCHES
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
 
-from .fakes import ancestors, engine_config, input_batch, node_paths, request_state
+from ..helpers.fakes import ancestors, engine_config, input_batch, node_paths, request_state
 
 VOCAB = 12
 TEXT = [1, 2, 3]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_ouroboros.draft_cache import Behind, DraftCache
+from vllm_ouroboros.draft.kv_cache import Behind, DraftCache
 
 SIZE = 4
 

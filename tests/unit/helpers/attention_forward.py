@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, _get_attn_isa
 
-from vllm_ouroboros.attention import TreeAttentionImpl
 from vllm_ouroboros.kernels.reference import tree_attention
-from vllm_ouroboros.tree import ancestor_mask
-from vllm_ouroboros.tree_step import TreeStep, attach
+from vllm_ouroboros.trees.draft_tree import ancestor_mask
+from vllm_ouroboros.verify.cpu.attention import TreeAttentionImpl
+from vllm_ouroboros.verify.cpu.tree_step import TreeStep
+from vllm_ouroboros.verify.tree_step import attach
 
 NUM_BLOCKS = 24
 

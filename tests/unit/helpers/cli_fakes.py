@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typer.testing import CliRunner, Result
 
-from vllm_ouroboros import cli, demo
+from vllm_ouroboros.cli.demo.job import Job
+from vllm_ouroboros.cli.main import app
 
 
 def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli.app, list(args))
+    return CliRunner().invoke(app, list(args))
 
 
-def job(**changed: object) -> demo.Job:
+def job(**changed: object) -> Job:
     options: dict = {
         "model": None,
         "draft_model": None,
@@ -20,4 +21,4 @@ def job(**changed: object) -> demo.Job:
         "dtype": "float32",
         "rounds": 2,
     }
-    return demo.Job.checked(**(options | changed))
+    return Job.checked(**(options | changed))

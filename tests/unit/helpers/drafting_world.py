@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 from hypothesis import strategies as st
 
-from vllm_ouroboros.drafting import Drafting, Width
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.trees.drafting import Drafting, Width
 
 from .fakes import Language, ancestors, trie
 

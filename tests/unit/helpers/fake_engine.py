@@ -10,13 +10,13 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors
 
-from vllm_ouroboros import proposer as module
-from vllm_ouroboros.cpu_worker import OuroborosCPURunner
-from vllm_ouroboros.draft_rounds import MAX_KNOWN
-from vllm_ouroboros.proposer import OuroborosProposer
-from vllm_ouroboros.rounds import BRANCHES
-from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource, child_of
+from vllm_ouroboros.draft.rounds import MAX_KNOWN
+from vllm_ouroboros.integration import proposer as module
+from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
+from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, NodeSource, child_of
+from vllm_ouroboros.trees.request_state import BRANCHES
+from vllm_ouroboros.verify.acceptance import Verified
 
 from .fake_draft import BLOCK, LIVE, NUM_BLOCKS, FakeSampler, choose, clone, said
 from .fakes import Language, node_paths, request_state, trie

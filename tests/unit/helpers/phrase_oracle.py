@@ -7,7 +7,10 @@ from collections import Counter, OrderedDict
 import numpy as np
 from hypothesis import strategies as st
 
-from vllm_ouroboros.phrases import MOST, WAYS, PhrasePool, PhraseSource, _first_slot
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.eviction import WAYS, first_slot
+from vllm_ouroboros.phrases.insertion import MOST
+from vllm_ouroboros.phrases.pool import PhrasePool
 
 
 class Oracle:
@@ -24,7 +27,7 @@ class Oracle:
         self.inserted = Counter()
 
     def set_of(self, scope: int, token: int) -> OrderedDict:
-        first = int(_first_slot(self.slots, (scope << 32) | token))
+        first = int(first_slot(self.slots, (scope << 32) | token))
         assert first % WAYS == 0
         assert 0 <= first < self.slots
         return self.sets.setdefault(first, OrderedDict())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ouroboros.costs import SIZES, Curve
-from vllm_ouroboros.estimates import ALONE, GRADES, Evidence, kind_of
-from vllm_ouroboros.tree import DraftTree, NodeSource
+from vllm_ouroboros.policy.forward_costs import SIZES, Curve
+from vllm_ouroboros.trees.draft_tree import DraftTree, NodeSource
+from vllm_ouroboros.trees.node_kinds import ALONE, GRADES, Evidence, kind_of
 
 SURE = kind_of(GRADES - 4, Evidence.NONE)
 ALONE_COUNTED = kind_of(ALONE, Evidence.COUNTED + 6)

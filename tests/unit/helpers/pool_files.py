@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import safetensors.numpy
 
-from vllm_ouroboros.phrases import WAYS, PhrasePool, PhraseSource, _first_slot
-from vllm_ouroboros.pool_file import FORMAT, FORMAT_VERSION, PoolFile, tokenizer_hash
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.eviction import WAYS, first_slot
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.pool_file import FORMAT, FORMAT_VERSION, PoolFile, tokenizer_hash
 
 VOCAB = 31
 HASH = tokenizer_hash({"a": 0, "b": 1})
@@ -58,7 +60,7 @@ def cut(keys, pool: PhrasePool):
     slots, guesses, beta = pool.arrays.tokens.shape
     sets: dict[int, list[int]] = {}
     for key, _ in keys:
-        sets.setdefault(int(_first_slot(slots, key)), []).append(key)
+        sets.setdefault(int(first_slot(slots, key)), []).append(key)
     kept = {key for members in sets.values() for key in members[-WAYS:]}
     result = []
     for key, phrases in keys:

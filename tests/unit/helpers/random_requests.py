@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor import (
     process_dict_updates,
 )
 
-from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, NodeSource
 
 from .fakes import trie
 

@@ -9,9 +9,9 @@ import torch
 from vllm.sampling_params import SamplingType
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.sampler import Verified, verify
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
-from vllm_ouroboros.tree import ROOT
+from vllm_ouroboros.trees.draft_tree import ROOT
+from vllm_ouroboros.verify.acceptance import Verified, verify
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
 
 from .fakes import Language, engine_config, input_batch, node_paths, request_state
 from .random_requests import (

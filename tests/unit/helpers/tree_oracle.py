@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ouroboros.best_first import DRAWN, TIE
-from vllm_ouroboros.drafting import OTHERS
-from vllm_ouroboros.estimates import (
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
+from vllm_ouroboros.trees.best_first import DRAWN, TIE
+from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource
+from vllm_ouroboros.trees.drafting import OTHERS
+from vllm_ouroboros.trees.node_kinds import (
     ALONE,
     BEYOND,
     COUNTS,
@@ -21,8 +24,6 @@ from vllm_ouroboros.estimates import (
     Evidence,
     grade,
 )
-from vllm_ouroboros.phrases import CONTEXTS, PhraseSource, key_of
-from vllm_ouroboros.tree import ROOT, NodeSource
 
 GUESSES = (Evidence.GUESS, Evidence.GUESS_GOES_ON)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import vllm_ouroboros
-from vllm_ouroboros import compat
 from vllm_ouroboros.config import PROPOSER
+from vllm_ouroboros.integration import compat
 
 PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 
@@ -65,9 +65,9 @@ def test_another_platform(monkeypatch) -> None:
 def test_each_platform_has_its_worker(monkeypatch) -> None:
     from vllm.platforms import current_platform
 
-    assert compat.worker() == "vllm_ouroboros.cpu_worker.OuroborosCPUWorker"
+    assert compat.worker() == "vllm_ouroboros.integration.cpu_worker.OuroborosCPUWorker"
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
-    assert compat.worker() == "vllm_ouroboros.cuda_worker.OuroborosCUDAWorker"
+    assert compat.worker() == "vllm_ouroboros.integration.cuda_worker.OuroborosCUDAWorker"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_ouroboros import compat, patches, plugin
+from vllm_ouroboros.cli import inputs
 from vllm_ouroboros.config import PROPOSER, ConfigError
-from vllm_ouroboros.patches import PATCHES, Patch
+from vllm_ouroboros.integration import compat, patches, plugin
+from vllm_ouroboros.integration.patches import PATCHES, Patch
 
-TARGET = str(Path(patches.__file__).parent / "assets" / "tiny-code" / "target")
+TARGET = str(inputs.TARGET)
 
 
 def symbols() -> list[object]:

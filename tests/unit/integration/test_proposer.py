@@ -13,15 +13,15 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from vllm_ouroboros import proposer as module
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.proposer import OuroborosProposer
-from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.integration import proposer as module
+from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.verify.acceptance import Verified
 
-from .fake_draft import FakeDraft, said
-from .fake_engine import Engine, Sequence, bound, make, state_of
-from .fakes import Language, ancestors
+from ..helpers.fake_draft import FakeDraft, said
+from ..helpers.fake_engine import Engine, Sequence, bound, make, state_of
+from ..helpers.fakes import Language, ancestors
 
 _NUMBER = StructuredOutputsParams(regex="[0-9]*")
 

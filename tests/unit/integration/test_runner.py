@@ -14,13 +14,13 @@ from vllm.v1.sample import logits_processor
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_ouroboros.counters import StepClock
-from vllm_ouroboros.cpu_worker import OuroborosCPURunner
-from vllm_ouroboros.runner import TreeBatch
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
+from vllm_ouroboros.integration.runner import TreeBatch
+from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
 
-from .fakes import engine_config, input_batch, request_state
+from ..helpers.fakes import engine_config, input_batch, request_state
 
 CPU = torch.device("cpu")
 VOCAB = 8

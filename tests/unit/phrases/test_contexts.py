@@ -9,16 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.phrases import (
-    CONTEXTS,
-    FIRST_HASH,
-    PhrasePool,
-    PhraseSource,
-    insert_text,
-    key_of,
-)
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS, FIRST_HASH, key_of
+from vllm_ouroboros.phrases.insertion import insert_text
+from vllm_ouroboros.phrases.pool import PhrasePool
 
-from .phrase_oracle import contents, times
+from ..helpers.phrase_oracle import contents, times
 
 
 def test_large_token_ids_and_scopes_are_distinct_keys() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vllm_ouroboros.idle_save import IdleSave
+from vllm_ouroboros.phrases.idle_save import IdleSave
 
 
 class Saves:

@@ -11,17 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vllm_ouroboros.phrases import (
-    MOST,
-    WAYS,
-    PhrasePool,
-    PhraseSource,
-    _first_slot,
-    insert,
-    insert_text,
-)
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.eviction import WAYS, first_slot
+from vllm_ouroboros.phrases.insertion import MOST, insert, insert_text
+from vllm_ouroboros.phrases.pool import PhrasePool
 
-from .phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents, times
+from ..helpers.phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents, times
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -164,7 +159,7 @@ def test_keys_spread_over_the_sets() -> None:
     """Neighbouring token ids, and one token in many scopes, must not crowd into a few sets."""
     slots = 1024 * WAYS
     for keys in (range(4096), [s << 32 for s in range(4096)], range(0, 4096 * 64, 64)):
-        load = Counter(int(_first_slot(slots, key)) for key in keys)
+        load = Counter(int(first_slot(slots, key)) for key in keys)
         assert max(load.values()) < 20  # mean 4; a Poisson tail this long has odds below 1e-5
         assert len(load) > 900
 

@@ -14,12 +14,16 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros import pool_file
-from vllm_ouroboros.phrases import FIRST_HASH, WAYS, PhrasePool, PhraseSource, insert_text, key_of
-from vllm_ouroboros.pool_file import FORMAT, tokenizer_hash
+from vllm_ouroboros.phrases import pool_file
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import FIRST_HASH, key_of
+from vllm_ouroboros.phrases.eviction import WAYS
+from vllm_ouroboros.phrases.insertion import insert_text
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.pool_file import FORMAT, tokenizer_hash
 
-from .phrase_oracle import times
-from .pool_files import (
+from ..helpers.phrase_oracle import times
+from ..helpers.pool_files import (
     METADATA,
     VOCAB,
     container,

@@ -13,11 +13,12 @@ import threading
 import pytest
 import safetensors.numpy
 
-from vllm_ouroboros import pool_file
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
-from vllm_ouroboros.pool_file import SAVE_INTERVAL_S
+from vllm_ouroboros.phrases import pool_file
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.pool_file import SAVE_INTERVAL_S
 
-from .pool_files import HASH, VOCAB, container, loaded, make, small_pool
+from ..helpers.pool_files import HASH, VOCAB, container, loaded, make, small_pool
 
 
 def test_a_missing_directory_is_said_at_start(path, log) -> None:
@@ -84,8 +85,8 @@ def test_a_failed_write_is_a_warning_and_leaves_nothing(
 
 CRASH = """
 import os, sys
-from vllm_ouroboros.phrases import PhrasePool
-from vllm_ouroboros.pool_file import PoolFile
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.pool_file import PoolFile
 os.fsync = lambda _: os._exit(9)
 pool = PhrasePool(64, 3, 4)
 pool.insert(7, [9, 9], 0)

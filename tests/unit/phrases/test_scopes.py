@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource, Scopes
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.scopes import Scopes
 
 NAMES = st.one_of(st.none(), st.integers(0, 6), st.tuples(st.text(max_size=1), st.none()))
 

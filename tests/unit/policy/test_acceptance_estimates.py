@@ -8,25 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.draft_rounds import thoughts
-from vllm_ouroboros.drafting import OTHERS
-from vllm_ouroboros.estimates import (
+from vllm_ouroboros.draft.rounds import thoughts
+from vllm_ouroboros.policy.acceptance_estimates import PRIOR, SUREST, Estimates, Leaning, lean
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, walk
+from vllm_ouroboros.trees.drafting import OTHERS
+from vllm_ouroboros.trees.node_kinds import (
     EDGES,
     EVIDENCES,
     GRADES,
     KINDS,
-    PRIOR,
-    SUREST,
-    Estimates,
     Evidence,
-    Leaning,
     grade,
     kind_of,
-    lean,
 )
-from vllm_ouroboros.tree import ROOT, DraftTree, walk
 
-from .policy_fakes import SURE, text, tree_of
+from ..helpers.policy_fakes import SURE, text, tree_of
 
 
 def test_kinds_are_grades_and_evidence() -> None:

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ouroboros.adaptive import DOUBT, IDLE, LOOK, TRUSTED, Policy, Step
-from vllm_ouroboros.costs import Costs, Curve
-from vllm_ouroboros.estimates import KINDS, Leaning
-from vllm_ouroboros.tree import ROOT
+from vllm_ouroboros.policy.acceptance_estimates import Leaning
+from vllm_ouroboros.policy.controller import DOUBT, IDLE, LOOK, Policy
+from vllm_ouroboros.policy.forward_costs import Costs, Curve
+from vllm_ouroboros.policy.throughput import TRUSTED, Step
+from vllm_ouroboros.trees.draft_tree import ROOT
+from vllm_ouroboros.trees.node_kinds import KINDS
 
-from .policy_fakes import ALONE_COUNTED, SURE, curve, text, tree_of
+from ..helpers.policy_fakes import ALONE_COUNTED, SURE, curve, text, tree_of
 
 
 def policy_of(row: float, draft: float, *slots: int, fixed: float = 1.0) -> Policy:

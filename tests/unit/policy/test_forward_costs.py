@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from vllm_ouroboros.costs import WIDEST, Costs, Curve, measure, read_costs
+from vllm_ouroboros.policy.forward_costs import WIDEST, Costs, Curve, measure, read_costs
 
-from .policy_fakes import curve
+from ..helpers.policy_fakes import curve
 
 
 def test_a_curve_interpolates_never_falls_and_goes_on() -> None:

@@ -1,4 +1,4 @@
-"""Unit tests of scripts/inflate.py: inflated models say what the shipped ones say."""
+"""Unit tests of scripts/inflate/inflate.py: inflated models say what the shipped ones say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "inflate"
 sys.path.insert(0, str(SCRIPTS))
 
 import inflate  # noqa: E402

@@ -1,4 +1,4 @@
-"""scripts/plot.py makes a picture of rows, also of those without figures."""
+"""scripts/bench/plot.py makes a picture of rows, also of those without figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("matplotlib", reason="of the bench extra")
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
 
 import plot  # noqa: E402

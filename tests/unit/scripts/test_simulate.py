@@ -1,4 +1,4 @@
-"""scripts/simulate.py: drafting on recorded traces, and the policy against fixed settings."""
+"""scripts/simulate: drafting on recorded traces, and the policy against fixed settings."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "scripts" / "simulate"))
 
 from simulate import ADAPTIVE, DRAFT, FIXED, compare_settings  # noqa: E402
 from simulate_engine import ReplayedDraft, SimulatedEngine, Watch  # noqa: E402
 from simulate_trace import FIRST, Text, Trace  # noqa: E402
 
-from vllm_ouroboros.costs import Costs  # noqa: E402
+from vllm_ouroboros.policy.forward_costs import Costs  # noqa: E402
 
-DATA = ROOT / "tests" / "data"  # the shipped pair and prompts, by scripts/record_trace.py
+DATA = ROOT / "tests" / "data"  # the shipped pair and prompts, by scripts/simulate/record_trace.py
 MACHINES = {
     # this plugin's development machine with a target of 0.4 B: 16 rows cost 1.5 times one
     "cpu": {

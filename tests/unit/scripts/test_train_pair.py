@@ -1,4 +1,4 @@
-"""Unit tests of scripts/train_pair.py and its helpers."""
+"""Unit tests of scripts/train/train_pair.py and its helpers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "train"
 sys.path.insert(0, str(SCRIPTS))
 
 import pair_data  # noqa: E402
@@ -23,6 +23,8 @@ import pair_samples  # noqa: E402
 import pair_stages  # noqa: E402
 import pair_train  # noqa: E402
 import train_pair  # noqa: E402
+
+from vllm_ouroboros.cli.loops import loops, max_ngram_count  # noqa: E402
 
 SHAPE = pair_model.Shape(64, 2, 2, 1, 96, vocab_size=300, head_dim=32, max_position_embeddings=512)
 
@@ -161,11 +163,11 @@ def test_tokenizer_makes_line_break_and_indentation_one_token():
 
 
 def test_loop_metric_counts_4_grams_beyond_8():
-    assert pair_data.max_ngram_count([1, 2, 3]) == 0
-    assert pair_data.max_ngram_count([1, 2, 3, 4] * 8) == 8
-    assert not pair_data.loops([1, 2, 3, 4] * 8)
-    assert pair_data.loops([1, 2, 3, 4] * 9)
-    assert not pair_data.loops(list(range(300)))
+    assert max_ngram_count([1, 2, 3]) == 0
+    assert max_ngram_count([1, 2, 3, 4] * 8) == 8
+    assert not loops([1, 2, 3, 4] * 8)
+    assert loops([1, 2, 3, 4] * 9)
+    assert not loops(list(range(300)))
 
 
 def test_repeated_positions_spare_the_first_occurrences():

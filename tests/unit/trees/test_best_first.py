@@ -9,9 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.best_first import DRAWN
-from vllm_ouroboros.drafting import OTHERS, Drafting
-from vllm_ouroboros.estimates import (
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
+from vllm_ouroboros.phrases.insertion import insert, insert_text
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.best_first import DRAWN
+from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource
+from vllm_ouroboros.trees.drafting import OTHERS, Drafting
+from vllm_ouroboros.trees.node_kinds import (
     ALONE,
     BEYOND,
     EVIDENCES,
@@ -24,11 +29,9 @@ from vllm_ouroboros.estimates import (
     Evidence,
     grade,
 )
-from vllm_ouroboros.phrases import CONTEXTS, PhrasePool, PhraseSource, insert, insert_text, key_of
-from vllm_ouroboros.tree import ROOT, NodeSource
 
-from .fakes import node_paths
-from .tree_oracle import reference
+from ..helpers.fakes import node_paths
+from ..helpers.tree_oracle import reference
 
 
 def world_of(pool: PhrasePool, text=((1, 2),), budget: int = 16, stops: tuple[int, ...] = ()):

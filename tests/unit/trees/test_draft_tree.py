@@ -8,7 +8,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.tree import ROOT, DraftTree, NodeSource, ancestor_mask, depths, grow, walk
+from vllm_ouroboros.trees.draft_tree import (
+    ROOT,
+    DraftTree,
+    NodeSource,
+    ancestor_mask,
+    depths,
+    grow,
+    walk,
+)
 
 PATHS = st.lists(
     st.lists(st.integers(0, 2), max_size=6).map(tuple), max_size=8

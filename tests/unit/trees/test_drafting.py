@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.phrases import PhrasePool, PhraseSource
-from vllm_ouroboros.tree import NodeSource
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.draft_tree import NodeSource
+from vllm_ouroboros.trees.drafting import Drafting
 
-from .drafting_world import Life, World, check_chain, expected_tree, make, shapes
-from .fakes import Language, node_paths
+from ..helpers.drafting_world import Life, World, check_chain, expected_tree, make, shapes
+from ..helpers.fakes import Language, node_paths
 
 
 @given(shape=shapes())

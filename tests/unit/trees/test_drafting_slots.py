@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.phrases import PhraseSource
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.trees.drafting import Drafting
 
-from .drafting_world import Life, Window, World, make
-from .fakes import Language
+from ..helpers.drafting_world import Life, Window, World, make
+from ..helpers.fakes import Language
 
 
 def small(**changes) -> Drafting:

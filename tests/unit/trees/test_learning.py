@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.drafting import Drafting
-from vllm_ouroboros.phrases import PhraseSource
-from vllm_ouroboros.tree import DraftTree, NodeSource
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.trees.draft_tree import DraftTree, NodeSource
+from vllm_ouroboros.trees.drafting import Drafting
 
-from .drafting_world import make
-from .fakes import node_paths, trie
+from ..helpers.drafting_world import make
+from ..helpers.fakes import node_paths, trie
 
 
 def learner(beta=4, guesses=4) -> tuple[Drafting, int]:

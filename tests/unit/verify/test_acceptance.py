@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.sampler import Verified, greedy, verify
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.verify.acceptance import Verified, greedy, verify
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
 
-from .fakes import Language, engine_config, input_batch, node_paths, request_state
-from .random_requests import CPU, DEEPEST, EOS, MODES, VOCAB, make_tree
-from .sampler_cases import Case, emitted_tokens, logits_of, one_by_one
+from ..helpers.fakes import Language, engine_config, input_batch, node_paths, request_state
+from ..helpers.random_requests import CPU, DEEPEST, EOS, MODES, VOCAB, make_tree
+from ..helpers.sampler_cases import Case, emitted_tokens, logits_of, one_by_one
 
 pytestmark = pytest.mark.usefixtures("quick")
 

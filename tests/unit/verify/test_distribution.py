@@ -17,11 +17,11 @@ from vllm import SamplingParams
 from vllm.v1.sample import logits_processor
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.sampler import verify
-from vllm_ouroboros.token_sampler import Sampled, TokenSampler, build_processors
-from vllm_ouroboros.tree import ROOT, DraftTree
+from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree
+from vllm_ouroboros.verify.acceptance import verify
+from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
 
-from .fakes import Language, engine_config, input_batch, node_paths, request_state
+from ..helpers.fakes import Language, engine_config, input_batch, node_paths, request_state
 
 CPU = torch.device("cpu")
 VOCAB, LENGTH, TEXTS, BATCH = 5, 3, 20_000, 500

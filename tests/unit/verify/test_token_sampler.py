@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_ouroboros.token_sampler import (
+from vllm_ouroboros.verify.token_sampler import (
     Sampled,
     TokenSampler,
     build_processors,
@@ -26,7 +26,7 @@ from vllm_ouroboros.token_sampler import (
     stateless,
 )
 
-from .fakes import Language, engine_config, input_batch, request_state
+from ..helpers.fakes import Language, engine_config, input_batch, request_state
 
 CPU = torch.device("cpu")
 VOCAB = 12

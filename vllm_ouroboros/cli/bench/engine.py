@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_ouroboros.demo_engine import usable_length
-from vllm_ouroboros.engine_process import serve
+from vllm_ouroboros.cli.engine_process import serve
+from vllm_ouroboros.cli.inputs import usable_length
 
 WARM_UP_TOKENS = 24
 METRICS = {
@@ -71,7 +71,7 @@ class RunResult:
         first: seconds to the first token, of each request that has one.
         each: seconds for each token after the first, of each request that has two.
         counters: differences over the run; see `METRICS` and ``vllm_ouroboros.stats``.
-        costs: of our engine after the run; see `vllm_ouroboros.costs.Costs.as_dict`.
+        costs: of our engine after the run; see `vllm_ouroboros.policy.forward_costs.Costs.as_dict`.
     """
 
     groups: list[tuple[int, float]]

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_ouroboros.bench import Plan
-from vllm_ouroboros.bench_methods import COMPARED, METHODS, VANILLA, build
-from vllm_ouroboros.bench_rows import Load
+from vllm_ouroboros.cli.bench.methods import COMPARED, METHODS, VANILLA, build
+from vllm_ouroboros.cli.bench.rows import Load
+from vllm_ouroboros.cli.bench.run import Plan
+from vllm_ouroboros.cli.inputs import DRAFT, TARGET, InputError, model_reference, shipped_prompts
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.demo import DRAFT, TARGET, DemoError, model_reference, shipped_prompts
 
 T = TypeVar("T")
 DEFAULTS: dict[str, Any] = {
@@ -32,11 +32,7 @@ QUICK = DEFAULTS | {
 SHAPE = 'each line must be a JSON object {"prompt": "text"}'
 
 
-class OptionError(Exception):
-    """An option that cannot work; the message is one line with the option, its value, the fix."""
-
-
-def plan(
+def checked_plan(
     *,
     model: str | None,
     draft_model: str | None,
@@ -61,7 +57,7 @@ def plan(
     ``chosen`` are the options of `DEFAULTS`, None where the preset decides.
 
     Raises:
-        OptionError: an option cannot work.
+        InputError: an option cannot work.
     """
     preset = QUICK if quick else DEFAULTS
     chosen = {key: preset[key] if value is None else value for key, value in chosen.items()}
@@ -90,8 +86,8 @@ def plan(
             nodes=nodes,
             others=len(others),
         )
-    except (DemoError, ConfigError) as error:
-        raise OptionError(str(error)) from None
+    except ConfigError as error:
+        raise InputError(str(error)) from None
     return Plan(
         model=target,
         draft_model=draft,
@@ -115,16 +111,16 @@ def read_prompts(file: Path, option: str) -> tuple[str, ...]:
     """The prompts of a file: JSON lines if its first line starts with a brace, else its lines.
 
     Raises:
-        OptionError: no such file, or a line that is no prompt.
+        InputError: no such file, or a line that is no prompt.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise OptionError(f"{option} {file}: {reason}; pass a text file of prompts") from None
+        raise InputError(f"{option} {file}: {reason}; pass a text file of prompts") from None
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise OptionError(f"{option} {file}: has no prompts; {SHAPE}, or a prompt")
+        raise InputError(f"{option} {file}: has no prompts; {SHAPE}, or a prompt")
     if file.suffix != ".jsonl" and not rows[0][1].lstrip().startswith("{"):
         return tuple(line for _, line in rows)
     return tuple(_prompt(line, f"{option} {file}: line {number}") for number, line in rows)
@@ -134,13 +130,13 @@ def _prompt(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise OptionError(f"{where} is not JSON ({error}); {SHAPE}") from None
+        raise InputError(f"{where} is not JSON ({error}); {SHAPE}") from None
     if not isinstance(row, dict):
-        raise OptionError(f"{where} is {line.strip()[:40]!r}; {SHAPE}")
+        raise InputError(f"{where} is {line.strip()[:40]!r}; {SHAPE}")
     if "prompt" not in row:
-        raise OptionError(f'{where} has no "prompt", its keys are {", ".join(row)}; {SHAPE}')
+        raise InputError(f'{where} has no "prompt", its keys are {", ".join(row)}; {SHAPE}')
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise OptionError(f'{where}: "prompt" is {row["prompt"]!r}; it must be a text, not empty')
+        raise InputError(f'{where}: "prompt" is {row["prompt"]!r}; it must be a text, not empty')
     return row["prompt"]
 
 
@@ -150,7 +146,7 @@ def _methods(text: str | None) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METHODS:
-            raise OptionError(f"--methods {text}: {name!r} is unknown; take {', '.join(METHODS)}")
+            raise InputError(f"--methods {text}: {name!r} is unknown; take {', '.join(METHODS)}")
     return [VANILLA, *names]  # what all others are compared with
 
 
@@ -159,15 +155,15 @@ def _loads(batch: str, rates: str | None, prompts: int) -> tuple[Load, ...]:
     if rates is not None:
         loads += [Load(rate=rate) for rate in _list(rates, "--rates", _rate, "0.5,1,2")]
         if find_spec("pandas") is None:  # else known only once the first server is up
-            raise OptionError(
+            raise InputError(
                 f"--rates {rates}: `vllm bench serve` needs pandas, which is not installed; "
                 "pip install pandas"
             )
     if not loads:
-        raise OptionError("--batch none: leaves nothing to measure; give --rates as well")
+        raise InputError("--batch none: leaves nothing to measure; give --rates as well")
     for load in loads:
         if load.prompts is not None and load.prompts > prompts:
-            raise OptionError(
+            raise InputError(
                 f"--batch {batch}: batch {load.batch} wants {load.prompts} prompts and there are "
                 f"{prompts}; take fewer, or more with --limit and --prompts"
             )
@@ -178,7 +174,7 @@ def _list(text: str, option: str, one: Callable[[str], T], example: str) -> list
     try:
         return [one(part.strip()) for part in text.split(",")]
     except ValueError as error:
-        raise OptionError(f"{option} {text}: {error}; for example {option} {example}") from None
+        raise InputError(f"{option} {text}: {error}; for example {option} {example}") from None
 
 
 def _count(text: str) -> int:
@@ -212,9 +208,9 @@ def _config(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise OptionError(f"--ouroboros-config {text}: is not JSON ({error})") from None
+        raise InputError(f"--ouroboros-config {text}: is not JSON ({error})") from None
     if not isinstance(found, dict):
-        raise OptionError(
+        raise InputError(
             f'--ouroboros-config {text}: must be a JSON object such as {{"draft_tokens": 8}}'
         )
     return found
@@ -231,5 +227,5 @@ def _positions(model: str) -> int | None:
 
 def _writable(out: Path) -> Path:
     if out.is_dir() or not out.resolve().parent.is_dir():
-        raise OptionError(f"--out {out}: is a folder or in none that exists; pass a file's path")
+        raise InputError(f"--out {out}: is a folder or in none that exists; pass a file's path")
     return out

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_ouroboros.bench_engine import EngineSpec, Place, RunResult, RunSpec
-from vllm_ouroboros.bench_methods import Method
-from vllm_ouroboros.engine_process import EngineProcess, group_members, peak_memory
+from vllm_ouroboros.cli.bench.engine import EngineSpec, Place, RunResult, RunSpec
+from vllm_ouroboros.cli.bench.methods import Method
+from vllm_ouroboros.cli.engine_process import EngineProcess, group_members, peak_memory
 
 
 class AnyEngine(Protocol):
@@ -39,7 +39,7 @@ class MeasuredEngine(EngineProcess):
     def __init__(self, spec: EngineSpec, *, timeout: float, verbose: bool) -> None:
         models = [spec.model, (spec.ouroboros or {}).get("draft_model")]
         super().__init__(
-            "vllm_ouroboros.bench_engine", spec, models, timeout=timeout, verbose=verbose
+            "vllm_ouroboros.cli.bench.engine", spec, models, timeout=timeout, verbose=verbose
         )
 
     def run(self, run: RunSpec, done: Callable[[int], None]) -> RunResult:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ouroboros.bench_facts import hardware_line
-from vllm_ouroboros.bench_methods import TITLES
+from vllm_ouroboros.cli.bench.methods import TITLES
+from vllm_ouroboros.cli.provenance import hardware_line
 
 Row = Mapping[str, Any]
 HEADINGS = (

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ouroboros.bench_engine import RunResult
-from vllm_ouroboros.bench_methods import VANILLA, Method
+from vllm_ouroboros.cli.bench.engine import RunResult
+from vllm_ouroboros.cli.bench.methods import VANILLA, Method
 
 RESAMPLES, SEED = 4000, 0
 

@@ -1,8 +1,8 @@
 """The benchmark: ways to decode, on the same prompts and machine, in turn.
 
 Each round runs every method once, in an order that rotates from round to round; a method's run at
-one load is a *cell* (`bench_rows`). This module checks options, keeps the order and writes rows;
-engines are in `bench_process` and `bench_serve`. Neither vLLM nor torch is imported here.
+one load is a *cell* (`rows`). This module keeps the order and writes rows; engines are in `process`
+and `serve`. Neither vLLM nor torch is imported here.
 """
 
 from __future__ import annotations
@@ -11,76 +11,22 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from vllm_ouroboros import bench_serve
-from vllm_ouroboros.bench_engine import EngineSpec, Place, RunSpec
-from vllm_ouroboros.bench_facts import facts
-from vllm_ouroboros.bench_methods import VANILLA, Method
-from vllm_ouroboros.bench_process import AnyEngine, Engines, MeasuredEngine
-from vllm_ouroboros.bench_report import all_well, show_report
-from vllm_ouroboros.bench_rows import Cell, Load, cell_row, differences, run_row
-from vllm_ouroboros.engine_process import EngineError
+from vllm_ouroboros.cli.bench import serve as bench_serve
+from vllm_ouroboros.cli.bench.engine import Place, RunSpec
+from vllm_ouroboros.cli.bench.methods import VANILLA, Method
+from vllm_ouroboros.cli.bench.plan import Plan, visits
+from vllm_ouroboros.cli.bench.process import AnyEngine, Engines, MeasuredEngine
+from vllm_ouroboros.cli.bench.report import all_well, show_report
+from vllm_ouroboros.cli.bench.rows import Cell, Load, cell_row, differences, run_row
+from vllm_ouroboros.cli.engine_process import EngineError
+from vllm_ouroboros.cli.provenance import facts
 
-MIN_BATCHED_TOKENS = 2048
-SERVER_SEATS = 32  # requests that a server runs at a time, at least
 Progressed = Callable[[str, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked benchmark; lengths in tokens, ``timeout`` in seconds."""
-
-    model: str
-    draft_model: str | None
-    methods: tuple[Method, ...]
-    prompts: tuple[str, ...]
-    others: tuple[str, ...]
-    loads: tuple[Load, ...]
-    rounds: int
-    max_tokens: int
-    max_model_len: int
-    dtype: str
-    enforce_eager: bool
-    alive: int
-    timeout: float
-    out: Path
-    ignore_eos: bool = False
-
-    def engine(self, method: Method, *, server: bool = False) -> EngineSpec:
-        """What a method's engine is started with: the same for all but the method itself."""
-        seats = max(load.batch or 1 for load in self.loads)
-        seats = max(seats, SERVER_SEATS) if server else seats
-        rows = max(m.rows for m in self.methods)
-        return EngineSpec(
-            model=self.model,
-            dtype=self.dtype,
-            speculative=method.speculative,
-            ouroboros=method.ouroboros,
-            max_model_len=self.max_model_len,
-            max_num_seqs=seats,
-            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, seats * rows),
-            enforce_eager=self.enforce_eager,
-        )
-
-    def fill(self, cell: Cell) -> tuple[str, ...]:
-        """The prompts that fill the pool of a cell's engine before a run is timed."""
-        if cell.method.pool == "seen":
-            return self.prompts[: cell.load.prompts]
-        return self.others if cell.method.pool == "warm" else ()
-
-
-def visits(methods: Sequence[Method], rounds: int) -> Iterator[tuple[int, Method]]:
-    """Round and method, in the order of the runs: each round starts one method later."""
-    for number in range(rounds):
-        first = number % max(1, len(methods))
-        for method in [*methods[first:], *methods[:first]]:
-            yield number, method
 
 
 class Bench:

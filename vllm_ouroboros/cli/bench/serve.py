@@ -20,8 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_ouroboros.bench_engine import WARM_UP_TOKENS, EngineSpec, RunResult, warm_up_prompts
-from vllm_ouroboros.engine_process import EngineError, end_group, environ, log_cause, peak_memory
+from vllm_ouroboros.cli.bench.engine import WARM_UP_TOKENS, EngineSpec, RunResult, warm_up_prompts
+from vllm_ouroboros.cli.engine_process import (
+    EngineError,
+    end_group,
+    environ,
+    log_cause,
+    peak_memory,
+)
 
 CLIENT = (
     "import sys; sys.path[:] = filter(None, sys.path); "

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from vllm_ouroboros.engine_process import serve
+from vllm_ouroboros.cli.engine_process import serve
+from vllm_ouroboros.cli.inputs import usable_length
 
 MAX_MODEL_LEN = 1024  # tokens; less where the model knows fewer positions
 NODE_BUDGET = 26
@@ -87,14 +88,6 @@ def match_origins(origins: dict[str, list[int]], request_id: str, length: int) -
 def main(events_fd: int) -> None:
     """Entry point of an engine's process."""
     serve(events_fd, Engine)
-
-
-def usable_length(model: str, wanted: int) -> int:
-    """Tokens of a request: as wanted, or less where the model knows fewer positions."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 
 class Engine:

@@ -12,15 +12,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ouroboros.bench_facts import inflated
-from vllm_ouroboros.demo_engine import EngineResult, Generation
+from vllm_ouroboros.cli.demo.engine import EngineResult, Generation
+from vllm_ouroboros.cli.loops import loops
+from vllm_ouroboros.cli.provenance import inflated
 
 if TYPE_CHECKING:
-    from vllm_ouroboros.demo import Job
+    from vllm_ouroboros.cli.demo.job import Job
 
 NAMES = {"vanilla": "vanilla vLLM", "ouroboros": "Ouroboros"}
 ORIGINS = (("target", "yellow"), ("draft model", "green"), ("suffix phrase", "bold magenta"))
-LOOP_NGRAM, LOOP_COUNT = 4, 8  # a text loops if one 4-gram occurs more than 8 times
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Comparison:
     @property
     def loops(self) -> bool:
         """Whether the text repeats itself, which flatters any speculative decoder."""
-        ids = self.vanilla.token_ids[0]
-        grams = Counter(tuple(ids[i : i + LOOP_NGRAM]) for i in range(len(ids) - LOOP_NGRAM + 1))
-        return max(grams.values(), default=0) > LOOP_COUNT
+        return loops(self.vanilla.token_ids[0])
 
     def tokens(self, engine: str) -> int:
         """Tokens of one pass of an engine ("vanilla" or "ouroboros")."""

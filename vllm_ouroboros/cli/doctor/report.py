@@ -44,7 +44,7 @@ def run(model: str | None, draft_model: str | None, config: dict[str, Any]) -> b
 
 def show_costs(path: Path) -> str | None:
     """Show the costs that an engine left beside its pool; returns what is wrong, or None."""
-    from vllm_ouroboros.costs import SUFFIX, read_costs
+    from vllm_ouroboros.policy.forward_costs import SUFFIX, read_costs
 
     file = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
     try:
@@ -65,7 +65,7 @@ def examine(
     model: str | None, draft_model: str | None, config: dict[str, Any]
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Facts by name, problems and hints of this machine and of a planned command line."""
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.integration import compat
 
     facts = compat.environment()
     state, problems = plugin_state()
@@ -81,16 +81,16 @@ def examine(
 
 def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any]) -> list[str]:
     """Problems of a planned command line; without a model, of its options alone."""
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.cli.inputs import InputError, model_reference
     from vllm_ouroboros.config import ConfigError, OuroborosConfig
-    from vllm_ouroboros.demo import DemoError, model_reference
+    from vllm_ouroboros.integration import compat
 
     options = dict(config)
     try:
         for option, name in (("--model", model), ("--draft-model", draft_model)):
             if name is not None:
                 model_reference(name, option)
-    except DemoError as error:
+    except InputError as error:
         return [str(error)]
     if model is not None:
         draft = options.pop("draft_model", None) if draft_model is None else draft_model
@@ -106,7 +106,7 @@ def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any
 
 def plugin_state() -> tuple[str, list[str]]:
     """Whether vLLM will find and load the plugin: one line, and problems."""
-    from vllm_ouroboros import compat
+    from vllm_ouroboros.integration import compat
 
     found: list[EntryPoint] = [e for e in entry_points(group=GROUP) if e.name == NAME]
     if not found:

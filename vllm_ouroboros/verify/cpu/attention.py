@@ -16,9 +16,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_ouroboros.attention_kernel import tree_attention
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.tree_step import KeptKV, TreeStep
+from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
+from vllm_ouroboros.verify.cpu.tree_step import KeptKV, TreeStep
 
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 """Types that the kernel reads, and as what."""

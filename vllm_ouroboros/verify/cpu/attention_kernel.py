@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange
 from numba.np.ufunc import parallel
 
-from vllm_ouroboros.matmul_tile import LANES, ROWS, add_product
+from vllm_ouroboros.verify.cpu.matmul_tile import LANES, ROWS, add_product
 
 _UNSEEN = np.float32(-1e30)
 _LOG2_E = np.float32(math.log2(math.e))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -77,25 +77,3 @@ class TreeStep:
         slots = blocks * block_size + positions % block_size
         for kept in self.kept.values():
             kept.write(rows, slots)
-
-
-class AnyStep(Protocol):
-    """The trees of one forward, on any platform."""
-
-    block_table: torch.Tensor  # int32 [R, max_blocks]
-
-    def write(self, moves: torch.Tensor) -> None:
-        """Copy accepted rows to their canonical KV slots; see `TreeStep.write`."""
-
-
-@dataclass
-class TreeOnly:
-    """Metadata of a forward whose rows all belong to trees: vLLM's kernel sees none of it."""
-
-    tree: AnyStep
-
-
-def attach(attn_metadata: dict, tree: AnyStep) -> None:
-    """Give each distinct metadata object of a forward its tree, as the attribute ``tree``."""
-    for metadata in {id(m): m for m in attn_metadata.values()}.values():
-        metadata.tree = tree

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_ouroboros.cuda_step import to_device
 from vllm_ouroboros.kernels.tree_accept import accept_trees, choose_tokens
-from vllm_ouroboros.sampler import Verified
-from vllm_ouroboros.tree import DraftTree
+from vllm_ouroboros.trees.draft_tree import DraftTree
+from vllm_ouroboros.verify.acceptance import Verified
+from vllm_ouroboros.verify.cuda.tree_step import to_device
 
 
 class Walked(NamedTuple):

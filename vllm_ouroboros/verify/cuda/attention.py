@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.cuda_step import CudaTreeStep
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_layers
 from vllm_ouroboros.kernels.tree_attention import tree_attention
+from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 """Types of a quantised KV cache that the kernel reads, by vLLM's name."""

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from vllm_ouroboros import bench, bench_facts, bench_options
-from vllm_ouroboros.bench_options import OptionError, read_prompts
-from vllm_ouroboros.bench_rows import Load
+from vllm_ouroboros.cli import provenance as bench_facts
+from vllm_ouroboros.cli.bench import options as bench_options
+from vllm_ouroboros.cli.bench import run as bench
+from vllm_ouroboros.cli.bench.options import read_prompts
+from vllm_ouroboros.cli.bench.plan import Plan
+from vllm_ouroboros.cli.bench.rows import Load
+from vllm_ouroboros.cli.inputs import InputError
 
-from . import cli_fakes
+from ...helpers import cli_fakes
 
 
 @pytest.fixture
@@ -26,11 +30,11 @@ def model(model: str) -> str:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[bench.Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plans that would be run; all goes well."""
-    found: list[bench.Plan] = []
+    found: list[Plan] = []
 
-    def run(plan: bench.Plan, **_: Any) -> bool:
+    def run(plan: Plan, **_: Any) -> bool:
         found.append(plan)
         return True
 
@@ -72,7 +76,7 @@ def test_prompts_of_either_kind(tmp_path: Path) -> None:
 def test_a_prompt_file_that_is_wrong(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(content, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(OptionError) as found:
+    with pytest.raises(InputError) as found:
         read_prompts(file, "--prompts")
     assert str(found.value).startswith(f"--prompts {file}")
     assert message in str(found.value)
@@ -85,7 +89,8 @@ def test_a_prompt_file_that_is_wrong(tmp_path: Path, content: str, message: str)
 def test_help_imports_neither_vllm_nor_torch() -> None:
     code = (
         "import sys\n"
-        "from vllm_ouroboros import bench, bench_options, cli\n"
+        "from vllm_ouroboros.cli import main as cli\n"
+        "from vllm_ouroboros.cli.bench import options, run\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'vllm', 'torch', 'transformers', 'numba'} & sys.modules.keys()\n"
@@ -137,7 +142,7 @@ def test_bad_options_give_one_line_and_status_2(
 
 
 def test_a_plan_of_all_options(
-    tmp_path: Path, model: str, plans: list[bench.Plan], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: str, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_options, "find_spec", lambda _: object())
     prompts = tmp_path / "p.txt"
@@ -163,7 +168,7 @@ def test_a_plan_of_all_options(
     assert (plan.enforce_eager, plan.max_model_len) == (True, 512)
 
 
-def test_presets(model: str, plans: list[bench.Plan]) -> None:
+def test_presets(model: str, plans: list[Plan]) -> None:
     assert invoke().exit_code == 0
     assert invoke("--quick", "--rounds", "2").exit_code == 0
     usual, quick = plans
@@ -175,7 +180,7 @@ def test_presets(model: str, plans: list[bench.Plan]) -> None:
     assert not next(m for m in quick.methods if m.name == "ouroboros-warm").missing
 
 
-def test_warm_prompts(tmp_path: Path, plans: list[bench.Plan]) -> None:
+def test_warm_prompts(tmp_path: Path, plans: list[Plan]) -> None:
     for name, text in (("p.txt", "a\nb\n"), ("w.txt", "b\nc\nd\n")):
         (tmp_path / name).write_text(text)
     args = ["--prompts", str(tmp_path / "p.txt"), "--warm-prompts", str(tmp_path / "w.txt")]

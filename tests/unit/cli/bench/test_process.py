@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench_engine, engine_process
-from vllm_ouroboros.bench_engine import EngineSpec, Place, RunResult, RunSpec
-from vllm_ouroboros.bench_process import MeasuredEngine
+from vllm_ouroboros.cli import engine_process
+from vllm_ouroboros.cli.bench import engine as bench_engine
+from vllm_ouroboros.cli.bench.engine import EngineSpec, Place, RunResult, RunSpec
+from vllm_ouroboros.cli.bench.process import MeasuredEngine
 from vllm_ouroboros.config import PROPOSER
 
-from .engine_children import CHILD
+from ...helpers.engine_children import CHILD
 
 SPEC = EngineSpec("m", "auto", None, None, 64, 4, 2048, False)
 RUN = RunSpec(("a", "b", "c"), 2, 8)
@@ -24,7 +25,7 @@ RUN = RunSpec(("a", "b", "c"), 2, 8)
 
 def test_an_engine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        'from vllm_ouroboros.bench_engine import RunResult\nevents.send(("ready", {}))\n'
+        'from vllm_ouroboros.cli.bench.engine import RunResult\nevents.send(("ready", {}))\n'
         "run = events.recv()\n"
         'events.send(("result", RunResult([(1, 2.0)], [list(run.prompts)], [], [])))\n'
         'events.recv(); events.send(("result", 0.25)); events.recv()\n'

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vllm_ouroboros import bench_report, bench_rows
-from vllm_ouroboros.bench_engine import RunResult
-from vllm_ouroboros.bench_methods import Method, build
-from vllm_ouroboros.bench_rows import Cell, Load
+from vllm_ouroboros.cli.bench import report as bench_report
+from vllm_ouroboros.cli.bench import rows as bench_rows
+from vllm_ouroboros.cli.bench.engine import RunResult
+from vllm_ouroboros.cli.bench.methods import Method, build
+from vllm_ouroboros.cli.bench.rows import Cell, Load
 
 ABOUT = {
     "commit": "c0ffee", "time": "now", "hardware": {"cpu": "a CPU", "cores": 2},
@@ -30,7 +31,7 @@ def methods(*names: str, others: int = 2) -> list[Method]:
 
 
 def test_methods_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_ouroboros.bench_methods.find_spec", lambda _: None)
+    monkeypatch.setattr("vllm_ouroboros.cli.bench.methods.find_spec", lambda _: None)
     suffix, warm = methods("suffix", "ouroboros-warm", others=0)
     assert suffix.missing == "arctic-inference is not installed"
     assert "--warm-prompts" in (warm.missing or "")
@@ -38,7 +39,7 @@ def test_methods_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
     for found in build(["draft_model", "ouroboros-cold"], draft_model=None, others=1, **options):
         assert "--draft-model" in (found.missing or "")
     assert build(["lookahead"], draft_model=None, others=1, **options)[0].missing is None
-    monkeypatch.setattr("vllm_ouroboros.bench_methods.find_spec", lambda _: object())
+    monkeypatch.setattr("vllm_ouroboros.cli.bench.methods.find_spec", lambda _: object())
     assert methods("suffix")[0].missing is None
 
 

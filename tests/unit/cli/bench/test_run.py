@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench, bench_methods, bench_report
-from vllm_ouroboros.bench_engine import Place, RunResult, RunSpec
-from vllm_ouroboros.bench_methods import Method, build
-from vllm_ouroboros.bench_process import Engines
-from vllm_ouroboros.bench_rows import Load
-from vllm_ouroboros.engine_process import EngineError
+from vllm_ouroboros.cli.bench import methods as bench_methods
+from vllm_ouroboros.cli.bench import report as bench_report
+from vllm_ouroboros.cli.bench import run as bench
+from vllm_ouroboros.cli.bench.engine import Place, RunResult, RunSpec
+from vllm_ouroboros.cli.bench.methods import Method, build
+from vllm_ouroboros.cli.bench.plan import Plan, visits
+from vllm_ouroboros.cli.bench.process import Engines
+from vllm_ouroboros.cli.bench.rows import Load
+from vllm_ouroboros.cli.engine_process import EngineError
 
 ABOUT = {
     "commit": "c0ffee", "time": "now", "hardware": {"cpu": "a CPU", "cores": 2},
@@ -36,14 +39,14 @@ def methods(*names: str, others: int = 2) -> list[Method]:
     )  # fmt: skip
 
 
-def plan(tmp_path: Path, found: list[Method], **changed: Any) -> bench.Plan:
+def plan(tmp_path: Path, found: list[Method], **changed: Any) -> Plan:
     options: dict[str, Any] = {
         "model": "target", "draft_model": "draft", "methods": tuple(found), "prompts": PROMPTS,
         "others": ("x", "y"), "loads": (Load(1), Load(2)), "rounds": 3, "max_tokens": 8,
         "max_model_len": 64, "dtype": "auto", "enforce_eager": False, "alive": 1, "timeout": 1.0,
         "out": tmp_path / "rows.jsonl",
     }  # fmt: skip
-    return bench.Plan(**(options | changed))
+    return Plan(**(options | changed))
 
 
 class Fake:
@@ -90,7 +93,7 @@ class Fake:
         self.log.append(("end", self.method.name, self.method.setting))
 
 
-def run(given: bench.Plan, fail: Callable[[Method, RunSpec], bool] = lambda *_: False) -> Any:
+def run(given: Plan, fail: Callable[[Method, RunSpec], bool] = lambda *_: False) -> Any:
     log: list[Any] = []
     found = bench.Bench(
         given, ABOUT, start=lambda m: Fake(m, log, lambda spec: fail(m, spec)), serve=None
@@ -127,7 +130,7 @@ def test_vanilla_says_how_close_a_call_it_was_where_outputs_differ(tmp_path: Pat
 
 def test_each_round_starts_one_method_later(tmp_path: Path) -> None:
     found = methods("vanilla", "draft_model", "ngram")
-    order = [(n, m.name, m.setting) for n, m in bench.visits(found, 5)]
+    order = [(n, m.name, m.setting) for n, m in visits(found, 5)]
     names = [(m.name, m.setting) for m in found]
     for number in range(5):
         first = number % 4

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from vllm_ouroboros import bench_serve, engine_process
-from vllm_ouroboros.bench_engine import EngineSpec, RunResult
+from vllm_ouroboros.cli import engine_process
+from vllm_ouroboros.cli.bench import serve as bench_serve
+from vllm_ouroboros.cli.bench.engine import EngineSpec, RunResult
+from vllm_ouroboros.cli.engine_process import EngineError
 from vllm_ouroboros.config import PROPOSER
-from vllm_ouroboros.engine_process import EngineError
 
 SPEC = EngineSpec("m", "auto", None, None, 64, 4, 2048, False)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from .attention_forward import Forward, chain, close, forwards, make_impl, random_tree
+from ...helpers.attention_forward import Forward, chain, close, forwards, make_impl, random_tree
 
 
 @given(forward=forwards())
@@ -117,7 +117,7 @@ import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as vLLM binds its worker
 import torch
 torch.set_num_threads(2)
-from vllm_ouroboros.attention_kernel import numba, share_threads
+from vllm_ouroboros.verify.cpu.attention_kernel import numba, share_threads
 shared = share_threads(2)
 print(shared, numba.get_num_threads(), torch.get_num_threads())
 """

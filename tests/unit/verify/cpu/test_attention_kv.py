@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from .attention_forward import Forward, chain, make_impl, random_tree
+from ...helpers.attention_forward import Forward, chain, make_impl, random_tree
 
 
 def read(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,17 +9,17 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder, _get_attn_isa
 
-from vllm_ouroboros import attention
-from vllm_ouroboros.attention import (
+from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.verify.cpu import attention
+from vllm_ouroboros.verify.cpu.attention import (
     TreeAttentionBackend,
     TreeAttentionImpl,
     TreeAttentionMetadataBuilder,
     check_layout,
 )
-from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.tree_step import attach
+from vllm_ouroboros.verify.tree_step import attach
 
-from .attention_forward import make_impl
+from ...helpers.attention_forward import make_impl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

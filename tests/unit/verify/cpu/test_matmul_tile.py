@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ouroboros.matmul_tile import LANES, ROWS, add_product
+from vllm_ouroboros.verify.cpu.matmul_tile import LANES, ROWS, add_product
 
 
 @pytest.mark.parametrize("bits", [np.uint16, np.uint32])

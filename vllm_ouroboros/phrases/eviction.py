@@ -1,0 +1,59 @@
+"""Where a key lies in the pool, and who makes room for it (compiled).
+
+A set-associative cache: a key hashes to one set of `WAYS` slots. A full set evicts the key that was
+used longest ago, so memory never grows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+WAYS = 8
+
+
+@njit(cache=True, inline="always")
+def first_slot(num_slots, key):
+    """First slot of the key's set (a 64-bit mix, after splitmix64)."""
+    x = np.uint64(key)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return np.int64(x % np.uint64(num_slots // WAYS)) * WAYS
+
+
+@njit(cache=True)
+def find(pool, scope, token):
+    """Slot of a key, or -1. Marks the key as used."""
+    key = (np.int64(scope) << 32) | np.int64(token)
+    first = first_slot(pool.keys.shape[0], key)
+    pool.hits[0] += 1
+    for slot in range(first, first + WAYS):
+        if pool.keys[slot] == key:
+            pool.clock[0] += 1
+            pool.stamps[slot] = pool.clock[0]
+            pool.hits[1] += pool.counts[slot] > 0
+            return slot
+    return -1
+
+
+@njit(cache=True)
+def claim(pool, scope, token):
+    """Slot of a key, made by evicting the oldest key of its set if need be."""
+    key = (np.int64(scope) << 32) | np.int64(token)
+    first = first_slot(pool.keys.shape[0], key)
+    oldest = first
+    for slot in range(first, first + WAYS):
+        if pool.keys[slot] == key:
+            oldest = slot
+            break
+        if pool.stamps[slot] < pool.stamps[oldest]:
+            oldest = slot
+    if pool.keys[oldest] != key:
+        pool.keys[oldest] = key
+        pool.counts[oldest] = 0
+    pool.clock[0] += 1
+    pool.stamps[oldest] = pool.clock[0]
+    return oldest
