@@ -28,7 +28,7 @@ from vllm_ouroboros.cli.inputs import PAIR
 from vllm_ouroboros.cli.provenance import commit, cpu_name, versions
 
 HOST = ("propose", "tree", "accept", "compact")
-PARTS = ("learn", "plan", "draft_inputs", "choose", "think", "absorb", "build")
+PARTS = ("learn", "plan", "draft_inputs", "choose", "alternatives", "absorb", "build")
 
 
 def measure(llm, prompts: list[str], batch: int, max_tokens: int) -> dict:

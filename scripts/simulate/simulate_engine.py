@@ -136,14 +136,16 @@ class SimulatedEngine:
         stand_in: Any = draft
         self.proposer = OuroborosProposer(config, draft=stand_in, clock=clock)
         self.runner: Any = SimpleNamespace(
-            device=torch.device("cpu"), tree_step=lambda *_, **__: None, nodes_wanted=lambda _: 0
+            device=torch.device("cpu"),
+            tree_step=lambda *_, **__: None,
+            graph_tree_nodes=lambda _: 0,
         )
         nothing: Any = SimpleNamespace(processors=SimpleNamespace(all=[]))
         self.proposer.bind(self.runner, nothing)
         if self.proposer.rounds is not None:
             self.proposer.rounds.cache.allocate(batch)
         if self.proposer.config.adaptive:
-            self.proposer.adapt(Policy(costs))
+            self.proposer.set_policy(Policy(costs))
 
     def run(self) -> Totals:
         """Serve all requests."""

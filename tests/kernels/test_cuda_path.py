@@ -23,7 +23,7 @@ from vllm_ouroboros.verify.acceptance import _plain_path, greedy
 from vllm_ouroboros.verify.cuda import attention as cuda_attention
 from vllm_ouroboros.verify.cuda.acceptance import walk_on_device
 from vllm_ouroboros.verify.cuda.attention import TreeRows, layer_tables
-from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps, to_device
+from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps, to_device
 
 HEADS, KV_HEADS, DIM, PAGE, BLOCKS = 4, 2, 16, 16, 8
 SLOW = settings(
@@ -100,7 +100,7 @@ def test_tree_rows_attend_as_the_oracle_says(
         k[own], v[own] = keys[page, place].float() * scale, values[page, place].float() * scale
     rows = np.arange(prefill, prefill + total)
     mask = step_mask(parents, starts)
-    step = CudaTreeStep.of(
+    step = CUDATreeStep.of(
         torch.device(device), rows if prefill else None, starts, contexts, table, mask
     )
     metadata = SimpleNamespace(tree=step, slot_mapping=slots)
@@ -171,7 +171,7 @@ def test_accepted_rows_move_to_their_slots(seed, sizes, device) -> None:
     impl = Impl()
     caches = [cache().to(device), cache(heads_first=True).to(device), cache().to(device)]
     before = [c.clone() for c in caches]
-    step = CudaTreeStep.of(
+    step = CUDATreeStep.of(
         torch.device(device), None, starts, contexts, table,
         np.zeros((int(starts[-1]), 1), np.int32),
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_static_buffers_hold_any_smaller_batch(device) -> None:
     parents, starts = random_trees([35, 3], 0)
     mask, contexts = step_mask(parents, starts), np.array([5, 6], np.int32)
     static.mask.fill_(-1)
-    step = CudaTreeStep.of(torch.device(device), None, starts, contexts, torch.zeros(2, 1), mask)
+    step = CUDATreeStep.of(torch.device(device), None, starts, contexts, torch.zeros(2, 1), mask)
     for fill in (lambda: static.fill(starts, contexts, mask), lambda: static.copy(step)):
         fill()
         graph = static.step(4, 40, torch.zeros(4, 1))
@@ -278,7 +278,7 @@ def test_graphs_of_draft_forwards(device) -> None:
     for sizes in ([20, 14], [3], [30, 30, 30]):
         parents, starts = random_trees(sizes, 0)
         total = int(starts[-1])
-        step = CudaTreeStep.of(
+        step = CUDATreeStep.of(
             torch.device(device), None, starts, np.array(sizes, np.int32),
             torch.ones(len(sizes), 2, dtype=torch.int32, device=device), step_mask(parents, starts),
         )  # fmt: skip
@@ -292,7 +292,7 @@ def test_graphs_of_draft_forwards(device) -> None:
         assert query_start_loc == [*starts.tolist()] + [total] * (3 - len(sizes))
         assert graphs.block_table[: len(sizes)].eq(1).all()
     parents, starts = random_trees([71], 0)
-    wide = CudaTreeStep.of(
+    wide = CUDATreeStep.of(
         torch.device(device), None, starts, np.array([1], np.int32), torch.ones(1, 2),
         np.zeros((71, 4), np.int32),
     )  # fmt: skip

@@ -51,3 +51,14 @@ def usable_length(model: str, wanted: int) -> int:
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+
+
+def check_writable(path: Path, option: str) -> Path:
+    """The path of a file to write, if it can be one.
+
+    Raises:
+        InputError: it is a folder, or in none.
+    """
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise InputError(f"{option} {path}: is a folder or in none that exists; pass a file's path")
+    return path

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from vllm.platforms import current_platform
 
-from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps
+from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 
 SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 """Rows of the graphs."""
 MAX_ROWS = SIZES[-1]
 
-Forward = Callable[[CudaTreeStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[[CUDATreeStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Replay = Callable[[], None]
 
 
@@ -68,13 +68,13 @@ class DraftGraphs:
             args = (step, self.tokens[:size], self.positions[:size], self.slots[:size])
             self.graphs[size] = self._capture(partial(self._forward, *args))
 
-    def fits(self, tree: CudaTreeStep) -> bool:
+    def fits(self, tree: CUDATreeStep) -> bool:
         """Whether there is a graph for a step."""
         return tree.num_rows <= MAX_ROWS and tree.mask.shape[1] <= self.static.mask.shape[1]
 
     def replay(
         self,
-        tree: CudaTreeStep,
+        tree: CUDATreeStep,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class Behind(NamedTuple):
-    """A request whose text should have draft KV."""
+class CatchUp(NamedTuple):
+    """A request whose text should get draft KV."""
 
     slot: int
     row: int  # of the runner's batch
@@ -62,7 +62,7 @@ class DraftCache:
         missing = np.flatnonzero(~self._complete[ids[: -(-computed // size)]])
         return int(missing[0]) * size if len(missing) else computed
 
-    def renew(self, runner: GPUModelRunner) -> None:
+    def invalidate(self, runner: GPUModelRunner) -> None:
         """The target wrote its rows of this step: draft KV in their blocks is of other text."""
         batch = runner.input_batch
         for row, req_id in enumerate(batch.req_ids):
@@ -71,7 +71,7 @@ class DraftCache:
             end = start + runner.scheduled_tokens[req_id]
             self._complete[ids[start // size : -(-end // size)]] = False
 
-    def mark(self, runner: GPUModelRunner, read: list[Behind]) -> None:
+    def mark_complete(self, runner: GPUModelRunner, read: list[CatchUp]) -> None:
         """Note which blocks of some requests are filled with draft KV of their text."""
         for slot, row, end in read:
             ids, size = self._blocks(runner, row)
@@ -84,7 +84,7 @@ class DraftCache:
         return ids, int(table.block_size)
 
     def catch_up(
-        self, runner: GPUModelRunner, behind: list[Behind], token_ids: np.ndarray, lag: int
+        self, runner: GPUModelRunner, behind: list[CatchUp], token_ids: np.ndarray, lag: int
     ) -> None:
         """Fill draft KV that is more than ``lag`` tokens behind, in plain causal forwards."""
         cached = self.drafting.state.cached

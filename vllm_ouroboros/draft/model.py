@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.metrics.step_clock import StepClock
-from vllm_ouroboros.verify.tree_step import AnyStep, TreeOnly
+from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -131,7 +131,7 @@ class DraftModel:
         writes: np.ndarray,
         query_start_loc: np.ndarray,
         context_lens: np.ndarray,
-        tree: AnyStep | None,
+        tree: TreeStep | None,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] of T rows of R requests.
 
@@ -168,7 +168,7 @@ class DraftModel:
             return self.masked(tree, ids, places, slots_tensor)
 
     def masked(
-        self, tree: AnyStep, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+        self, tree: TreeStep, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [T, hidden] of T rows that attend by the masks of ``tree``."""
         metadata = dict.fromkeys(self.layer_names, TreeOnly(tree))

@@ -7,33 +7,35 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_ouroboros.draft.kv_cache import Behind, DraftCache
+from vllm_ouroboros.draft.kv_cache import CatchUp, DraftCache
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.sampling import DraftSampling
 from vllm_ouroboros.metrics.counters import Counters
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.trees.draft_tree import step_mask
-from vllm_ouroboros.trees.drafting import OTHERS, Drafting, Width
+from vllm_ouroboros.trees.drafting import Drafting, RoundWidth
+from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 from vllm_ouroboros.trees.round_rows import Round
 from vllm_ouroboros.verify.acceptance import greedy
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-MAX_KNOWN = 16
+MAX_CATCH_UP = 16
 """Tokens that the draft model may catch up on inside a round; more go ahead of the rounds."""
 
 
-def thoughts(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that a model puts first in each row of logits [M, vocab].
+def top_alternatives(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable token of each row of logits [M, vocab], and its top-k alternatives.
 
     Returns:
-        The tokens int64 [M, OTHERS + 1], the most probable first, and their probabilities float32.
+        The tokens int64 [M, NUM_ALTERNATIVES + 1], the most probable first, and their
+        probabilities float32 of the same shape.
     """
-    odds, first = logits.float().softmax(-1).topk(min(OTHERS + 1, logits.shape[1]))
-    return first.numpy(force=True), odds.numpy(force=True)
+    probs, tokens = logits.float().softmax(-1).topk(min(NUM_ALTERNATIVES + 1, logits.shape[1]))
+    return tokens.numpy(force=True), probs.numpy(force=True)
 
 
 class DraftRounds:
@@ -60,28 +62,28 @@ class DraftRounds:
         self.counters, self.clock = counters, clock
         self.sampler: TokenSampler | None = None  # the runner's, once there is one
         self.policy: Policy | None = None  # once costs are measured
-        self.spent = 0.0  # seconds that the last rounds took
+        self.seconds = 0.0  # that the last rounds took
         self.drafted = False  # whether there were any
         self._last_rows = 1  # of the last round
-        self._width = Width.FULL
+        self._width = RoundWidth.FULL
 
     @property
     def widest(self) -> int:
         """Most rows that a request has in a round."""
-        return self._most_rows(Width.FULL)
+        return self._most_rows(RoundWidth.FULL)
 
-    def _most_rows(self, width: Width) -> int:
-        return self.drafting.rows_of(width) + self.drafting.budget + MAX_KNOWN
+    def _most_rows(self, width: RoundWidth) -> int:
+        return self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
 
     def run(
         self,
         runner: GPUModelRunner,
-        prompts: list[Behind],
+        prompts: list[CatchUp],
         slots: np.ndarray,
         rows: np.ndarray,
         token_ids: np.ndarray,
-        requests: dict[int, Sampled],
-        promised: np.ndarray,
+        requests: dict[int, RequestSampling],
+        expected_accepted: np.ndarray,
     ) -> None:
         """Bring the draft model up to date, then draft chains until every request has enough.
 
@@ -96,32 +98,32 @@ class DraftRounds:
             token_ids: int32 [*, max_model_len].
             requests: by slot, those that do more than take the argmax, with noise that drafting may
                 use up.
-            promised: float64 [R], tokens that trees without the draft model promise; 0 if there is
+            expected_accepted: float64 [R], tokens of trees without the draft model; 0 if there is
                 no policy.
         """
         start = self.clock.now()
-        self.cache.renew(runner)
+        self.cache.invalidate(runner)
         state, drafting, batch = self.drafting.state, self.drafting, len(slots)
-        able = state.known[slots] + drafting.budget < self.draft.max_len
-        slots, rows, promised = slots[able], rows[able], promised[able]
+        able = state.committed[slots] + drafting.budget < self.draft.max_len
+        slots, rows, expected_accepted = slots[able], rows[able], expected_accepted[able]
         if self.policy is not None:
-            prompts = [one for one in prompts if self.policy.reads(one.slot, self._lag(one))]
+            prompts = [one for one in prompts if self.policy.reads_prompt(one.slot, self._lag(one))]
             if len(slots):
-                self._width = self._affordable(self.policy, len(slots))
+                self._width = self._choose_width(self.policy, len(slots))
                 rows_of_round = self._expected_rows(len(slots), self._width)
-                lags = state.known[slots] - 1 - state.cached[slots]
-                lags[lags <= MAX_KNOWN] = 0  # these are read in the rounds
-                chosen = self.policy.drafts(
-                    slots, promised, rows_of_round, lags, state.limit[slots]
+                lags = state.committed[slots] - 1 - state.cached[slots]
+                lags[lags <= MAX_CATCH_UP] = 0  # these are read in the rounds
+                chosen = self.policy.choose_drafted(
+                    slots, expected_accepted, rows_of_round, lags, state.node_limit[slots]
                 )
                 slots, rows = slots[chosen], rows[chosen]
         late = [
-            Behind(slot, row, int(state.known[slot]) - 1)
+            CatchUp(slot, row, int(state.committed[slot]) - 1)
             for slot, row in zip(slots.tolist(), rows.tolist(), strict=True)
         ]
-        self.cache.catch_up(runner, late, token_ids, MAX_KNOWN)
+        self.cache.catch_up(runner, late, token_ids, MAX_CATCH_UP)
         self.cache.catch_up(runner, prompts, token_ids, 0)
-        able = state.known[slots] - state.cached[slots] <= MAX_KNOWN + 1
+        able = state.committed[slots] - state.cached[slots] <= MAX_CATCH_UP + 1
         slots, rows = slots[able], rows[able]
         begin, self.drafted = self.clock.now(), bool(len(slots))
         if self.drafted:
@@ -131,10 +133,10 @@ class DraftRounds:
         end = self.clock.now()
         if self.policy is not None and self.drafted:
             self.policy.observe_drafting(end - begin)
-        self.cache.mark(runner, [*late, *prompts])
-        self.spent = end - start
+        self.cache.mark_complete(runner, [*late, *prompts])
+        self.seconds = end - start
 
-    def _lag(self, one: Behind) -> int:
+    def _lag(self, one: CatchUp) -> int:
         return one.end - int(self.drafting.state.cached[one.slot])
 
     def _run(
@@ -157,23 +159,24 @@ class DraftRounds:
             active = ~state.done[going]
             going, where = going[active], where[active]
             if self.policy is not None and len(going):
-                active = self.policy.goes_on(
+                active = self.policy.continues_drafting(
                     going, state.confidence[going], state.chain_len[going], self._last_rows, batch
                 )
                 going, where = going[active], where[active]
         branching = (state.branches[slots] >= 0).any((1, 2))
-        branching &= state.cached[slots] >= state.known[slots]  # all of the text has a KV slot
+        branching &= state.cached[slots] >= state.committed[slots]  # all of the text has a KV slot
         slots, rows = slots[branching], rows[branching]
         for first in range(0, len(slots), most):
             part = slice(first, first + most)
             self._follow_branches(runner, slots[part], rows[part], sampling)
 
-    def _affordable(self, policy: Policy, requests: int) -> Width:
+    def _choose_width(self, policy: Policy, requests: int) -> RoundWidth:
         """The widest round that costs little more than one of the chain alone."""
-        rows = {width: self._expected_rows(requests, width) for width in Width}
-        return max(w for w in Width if policy.affords(requests, rows[w], rows[Width.CHAIN]))
+        rows = {width: self._expected_rows(requests, width) for width in RoundWidth}
+        fewest = rows[RoundWidth.CHAIN]
+        return max(w for w in RoundWidth if policy.affords_rows(requests, rows[w], fewest))
 
-    def _expected_rows(self, requests: int, width: Width) -> int:
+    def _expected_rows(self, requests: int, width: RoundWidth) -> int:
         return requests * (2 + self.drafting.rows_of(width))
 
     def _round(
@@ -202,13 +205,13 @@ class DraftRounds:
             self.drafting.absorb(slots, out, predicted)
         self._last_rows = total
         if self.policy is not None:
-            with self.clock.phase("think"):
-                self._think(slots, before, index, logits, sampling)
+            with self.clock.phase("alternatives"):
+                self._record_alternatives(slots, before, index, logits, sampling)
             gained = self.drafting.state.chain_len[slots] - before
             self.policy.observe_round(float(gained.mean()))
             self.policy.costs.observe_round(total, forward, self.clock.now() - begin)
 
-    def _think(
+    def _record_alternatives(
         self,
         slots: np.ndarray,
         before: np.ndarray,
@@ -216,35 +219,37 @@ class DraftRounds:
         logits: torch.Tensor,
         sampling: DraftSampling,
     ) -> None:
-        """Note how sure the draft model is of the tokens of a round, and what else it thought of.
+        """Record the draft model's probability of the tokens of a round, and its alternatives.
 
         Args:
             slots: int64 [R].
             before: int32 [R], length of each chain before the round.
             rows: int64 [M], rows of the round, ascending.
             logits: [M, vocab] of those rows.
-            sampling: has other choices of its own for some requests.
+            sampling: chose the tokens of some requests, which have branches instead.
         """
         state = self.drafting.state
         gained = state.chain_len[slots] - before
         owner = np.repeat(slots, gained)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(gained) - gained, gained)
         at = np.repeat(before, gained) + within
-        index = torch.from_numpy(np.searchsorted(rows, state.asked[owner, at]))
-        said = logits[index.to(logits.device)]
-        first, odds = thoughts(said)
+        index = torch.from_numpy(np.searchsorted(rows, state.predicted_row[owner, at]))
+        at_places = logits[index.to(logits.device)]
+        tokens, probs = top_alternatives(at_places)
         # what is chosen without noise is what stands first
-        state.confidence[owner, at] = odds[:, 0]
-        known = first.shape[1] - 1
-        state.others[owner, at, :known] = first[:, 1:]
-        state.odds[owner, at, :known] = odds[:, 1:]
+        state.confidence[owner, at] = probs[:, 0]
+        found = tokens.shape[1] - 1
+        state.alternatives[owner, at, :found] = tokens[:, 1:]
+        state.alternative_probs[owner, at, :found] = probs[:, 1:]
         if sampling:
-            drawn = np.isin(owner, list(sampling.drawn))
-            owner, at, said = owner[drawn], at[drawn], said[torch.from_numpy(drawn)]
-            chosen = torch.from_numpy(state.chain[owner, at].astype(np.int64)).to(said.device)
-            sure = said.float().softmax(-1).gather(1, chosen[:, None])[:, 0]
-            state.confidence[owner, at] = sure.numpy(force=True)
-            state.others[owner, at] = -1  # these have branches
+            sampled = np.isin(owner, list(sampling.drafts))
+            owner, at = owner[sampled], at[sampled]
+            at_places = at_places[torch.from_numpy(sampled)]
+            chosen = torch.from_numpy(state.chain[owner, at].astype(np.int64))
+            probs = at_places.float().softmax(-1)
+            chosen_probs = probs.gather(1, chosen.to(probs.device)[:, None])[:, 0]
+            state.confidence[owner, at] = chosen_probs.numpy(force=True)
+            state.alternatives[owner, at] = -1  # they have branches
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling
@@ -265,7 +270,7 @@ class DraftRounds:
                 out.context_lens[: len(rows)],
                 step_mask(out.parents, out.query_start_loc[: len(rows) + 1]),
                 total,
-                keep=False,
+                save_kv=False,
             )
         hidden = self._forward(
             runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],

@@ -1,4 +1,4 @@
-"""Sampled requests in drafting: the draft model chooses with the noise that the target will use.
+"""Drafting for requests that sample: with the noise that the target will use.
 
 Where a choice depends on noise, text repeats less and the draft model is wrong more often than in
 greedy decoding. But the noise of a place is known before the target gets there, and it says which
@@ -17,17 +17,17 @@ from vllm_ouroboros.trees.draft_tree import ROOT, child_of
 from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.trees.request_state import BRANCHES
 from vllm_ouroboros.trees.round_rows import Round
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class Drawn(NamedTuple):
-    """A request that drafts by noise."""
+class SampledDraft(NamedTuple):
+    """The draft of a request that samples."""
 
-    request: Sampled  # its noise stands where the chain ends
-    places: list[Sampled]  # its noise as it stood before each token of the chain
+    request: RequestSampling  # its noise stands where the chain ends
+    before: list[RequestSampling]  # its noise as it stood before each token of the chain
     branches: bool  # whether its tree may have some
 
 
@@ -46,15 +46,17 @@ class DraftSampling:
         sampler: TokenSampler,
         runner: GPUModelRunner,
         drafting: Drafting,
-        requests: dict[int, Sampled],
+        requests: dict[int, RequestSampling],
     ) -> None:
         self.sampler, self.drafting = sampler, drafting
         self.live = runner.input_batch.sampling_metadata
-        narrow = drafting.state.narrow
-        self.drawn = {slot: Drawn(q, [], not narrow[slot]) for slot, q in requests.items()}
+        chain_only = drafting.state.chain_only
+        self.drafts = {
+            slot: SampledDraft(q, [], not chain_only[slot]) for slot, q in requests.items()
+        }
 
     def __bool__(self) -> bool:
-        return bool(self.drawn)
+        return bool(self.drafts)
 
     def choose(
         self,
@@ -78,21 +80,21 @@ class DraftSampling:
         """
         state = self.drafting.state
         wanted = out.logits_rows[: logits.shape[0]]
-        firsts = np.searchsorted(wanted, out.query_start_loc[:-1] + out.num_known - 1)
-        nodes = {i: ROOT for i, slot in enumerate(slots.tolist()) if slot in self.drawn}
+        firsts = np.searchsorted(wanted, out.query_start_loc[:-1] + out.num_uncached - 1)
+        nodes = {i: ROOT for i, slot in enumerate(slots.tolist()) if slot in self.drafts}
         paths = {i: state.chain[slots[i], : state.chain_len[slots[i]]].tolist() for i in nodes}
         while nodes:
             for i in nodes:
-                drawn = self.drawn[int(slots[i])]
-                drawn.places.append(drawn.request.ahead())
+                draft = self.drafts[int(slots[i])]
+                draft.before.append(draft.request.with_noise_copy())
             index = torch.tensor([int(firsts[i]) + 1 + node for i, node in nodes.items()])
-            requests = [self.drawn[int(slots[i])].request for i in nodes]
+            requests = [self.drafts[int(slots[i])].request for i in nodes]
             where, along = [int(rows[i]) for i in nodes], [paths[i] for i in nodes]
             tokens = self._tokens(logits[index], where, requests, along)
-            self._next_in_line([int(slots[i]) for i in nodes], where, logits[index], along, tokens)
+            self._find_branches([int(slots[i]) for i in nodes], where, logits[index], along, tokens)
             going = {}
             for (i, node), token in zip(nodes.items(), tokens, strict=True):
-                current = int(out.query_start_loc[i] + out.num_known[i]) - 1
+                current = int(out.query_start_loc[i] + out.num_uncached[i]) - 1
                 predicted[current + 1 + node] = token
                 size = int(out.num_guesses[i])
                 part = slice(current + 1, current + 1 + size)
@@ -104,8 +106,8 @@ class DraftSampling:
 
     def _tokens(self, logits, rows, requests, paths) -> list[int]:
         # logits processors have room for as many rows as an engine has requests
-        most = len(self.drafting.state.known)
-        if not any(request.processed for request in requests):
+        most = len(self.drafting.state.committed)
+        if not any(request.has_processors for request in requests):
             most = len(rows)
         tokens: list[int] = []
         for first in range(0, len(rows), most):
@@ -116,7 +118,7 @@ class DraftSampling:
             tokens += output.sampled_token_ids[:, 0].tolist()
         return tokens
 
-    def _next_in_line(
+    def _find_branches(
         self,
         slots: list[int],
         rows: list[int],
@@ -130,7 +132,7 @@ class DraftSampling:
         part = [
             j
             for j, (slot, depth) in enumerate(zip(slots, depths, strict=True))
-            if self.drawn[slot].branches and depth < len(BRANCHES)
+            if self.drafts[slot].branches and depth < len(BRANCHES)
         ]
         gone = {j: tokens[j] for j in part}
         rank = 0
@@ -139,7 +141,7 @@ class DraftSampling:
             found = self._tokens(
                 logits[part],
                 [rows[j] for j in part],
-                [self.drawn[slots[j]].places[-1].ahead() for j in part],
+                [self.drafts[slots[j]].before[-1].with_noise_copy() for j in part],
                 [paths[j] for j in part],
             )
             for j, token in zip(part, found, strict=True):
@@ -163,11 +165,11 @@ class DraftSampling:
         requests, paths, where = [], [], []
         for r, place, rank in which.tolist():
             slot = int(slots[r])
-            drawn = self.drawn[slot]
-            later = drawn.places[place + 1 : place + 2]
-            requests.append((later[0] if later else drawn.request).ahead())
+            draft = self.drafts[slot]
+            later = draft.before[place + 1 : place + 2]
+            requests.append((later[0] if later else draft.request).with_noise_copy())
             paths.append([*state.chain[slot, :place], int(state.branches[slot, place, rank])])
             where.append(int(rows[r]))
         tokens = self._tokens(logits, where, requests, paths)
         for (r, place, rank), token in zip(which.tolist(), tokens, strict=True):
-            state.follow[slots[r], place, rank] = token
+            state.branch_next[slots[r], place, rank] = token

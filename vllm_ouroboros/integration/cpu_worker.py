@@ -11,9 +11,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ouroboros.integration.runner import TreeRunner
-from vllm_ouroboros.integration.worker import OuroborosCalls, take_place_of
+from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
 from vllm_ouroboros.verify.cpu.attention_kernel import share_threads
-from vllm_ouroboros.verify.cpu.tree_step import TreeStep
+from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -27,24 +27,24 @@ class OuroborosCPURunner(TreeRunner, CPUModelRunner):
             self.drafter.warm_up(self.max_num_tokens)
 
     def tree_step(
-        self, rows, query_start_loc, context_lens, mask, num_rows, *, keep=True
-    ) -> TreeStep:
-        return TreeStep(
+        self, rows, query_start_loc, context_lens, mask, num_rows, *, save_kv=True
+    ) -> CPUTreeStep:
+        return CPUTreeStep(
             rows=torch.from_numpy(rows),
             starts=query_start_loc.astype(np.int64),
             contexts=context_lens.astype(np.int64),
             block_table=torch.empty(0),
             mask=mask,
             num_rows=num_rows,
-            keep=keep,
+            save_kv=save_kv,
         )
 
 
-class OuroborosCPUWorker(OuroborosCalls, CPUWorker):
+class OuroborosCPUWorker(OuroborosWorkerMixin, CPUWorker):
     """vLLM's CPU worker with our runner and attention backend."""
 
     def init_device(self) -> None:
-        take_place_of(
+        replace_backend(
             AttentionBackendEnum.CPU_ATTN,
             "vllm_ouroboros.verify.cpu.attention.TreeAttentionBackend",
         )

@@ -1,7 +1,7 @@
 """vLLM's runner and worker for CUDA devices, with trees.
 
 Three ways for a forward's attention, as vLLM's CUDA graphs have it. Without a graph, or with
-piecewise ones, attention runs between the graphs: branching requests bring a new `CudaTreeStep`.
+piecewise ones, attention runs between the graphs: branching requests bring a new `CUDATreeStep`.
 With a full graph (all requests have as many rows as a tree can have), the captured kernel reads
 the buffers of `StaticSteps`, which every step fills, chains included.
 """
@@ -21,12 +21,12 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.cuda_graphs import MAX_ROWS, DraftGraphs
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
-from vllm_ouroboros.integration.worker import OuroborosCalls, take_place_of
+from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
 from vllm_ouroboros.kernels.kv_compact import KVLayers
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.acceptance import walk_on_device
 from vllm_ouroboros.verify.cuda.attention import TreeRows, layer_tables
-from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep, StaticSteps
+from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 
 
 class OuroborosCUDARunner(TreeRunner):
@@ -68,13 +68,13 @@ class OuroborosCUDARunner(TreeRunner):
         draft.graphs.capture()
         return taken + max(0, free - torch.cuda.mem_get_info()[0])
 
-    def tree_step(self, rows, query_start_loc, context_lens, mask, num_rows, **_) -> CudaTreeStep:
-        return CudaTreeStep.of(
+    def tree_step(self, rows, query_start_loc, context_lens, mask, num_rows, **_) -> CUDATreeStep:
+        return CUDATreeStep.of(
             self.device, None if len(rows) == num_rows else rows, query_start_loc, context_lens,
             torch.empty(0), mask,
         )  # fmt: skip
 
-    def nodes_wanted(self, num_requests: int) -> int:
+    def graph_tree_nodes(self, num_requests: int) -> int:
         settings, width = self.compilation_config, self.uniform_decode_query_len
         full = settings.cudagraph_mode.has_full_cudagraphs()
         return width - 1 if full and num_requests * width <= self.most_captured else 0
@@ -136,9 +136,9 @@ class OuroborosCUDARunner(TreeRunner):
 
     def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
         trees, live = self.trees, self.input_batch.sampling_metadata
-        sampled = [self.drafter.requests[r].sampled for r in self.input_batch.req_ids]
+        sampled = [self.drafter.requests[r].sampling for r in self.input_batch.req_ids]
         assert trees is not None
-        if not (live.all_greedy and any(trees.trees) and all(q.plain for q in sampled)):
+        if not (live.all_greedy and any(trees.trees) and all(q.argmax_only for q in sampled)):
             return super()._sample(logits, spec_decode_metadata)
         with self.drafter.clock.phase("accept"):
             walked = walk_on_device(logits, trees.rows, trees.trees, [q.stops for q in sampled])
@@ -156,7 +156,7 @@ class OuroborosCUDARunner(TreeRunner):
         return SamplerOutput(sampled_token_ids=walked.tokens, logprobs_tensors=None)
 
 
-class OuroborosCUDAWorker(OuroborosCalls, Worker):
+class OuroborosCUDAWorker(OuroborosWorkerMixin, Worker):
     """vLLM's GPU worker with our runner and attention backends."""
 
     def init_device(self) -> None:
@@ -164,7 +164,7 @@ class OuroborosCUDAWorker(OuroborosCalls, Worker):
             (AttentionBackendEnum.FLASH_ATTN, "TreeFlashBackend"),
             (AttentionBackendEnum.TRITON_ATTN, "TreeTritonBackend"),
         ):
-            take_place_of(backend, f"vllm_ouroboros.verify.cuda.attention.{name}")
+            replace_backend(backend, f"vllm_ouroboros.verify.cuda.attention.{name}")
         super().init_device()
 
     def _make_model_runner(self) -> OuroborosCUDARunner:

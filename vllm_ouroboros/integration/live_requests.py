@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessor
 
 from vllm_ouroboros.config import OuroborosConfig
 from vllm_ouroboros.phrases.idle_save import IdleSave
 from vllm_ouroboros.phrases.scopes import Scopes
 from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.trees.drafting import Drafting
-from vllm_ouroboros.verify.token_sampler import Sampled, can_speculate
+from vllm_ouroboros.verify.token_sampler import RequestSampling, can_speculate, stateless
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -28,12 +29,12 @@ class Request:
     slot: int  # NO_SLOT while preempted
     scope: int  # whom it shares phrases with
     speculates: bool
-    narrow: bool  # a grammar follows its draft token by token: no branches
-    sampled: Sampled
+    chain_only: bool  # a grammar follows its draft token by token: no branches
+    sampling: RequestSampling
     max_tokens: int
     tree: DraftTree | None = None
-    grown: DraftTree | None = None  # what it was cut from, if the policy did that
-    alone: DraftTree | None = None  # what it would be without the draft model
+    grown_tree: DraftTree | None = None  # what the policy cut it from
+    phrase_tree: DraftTree | None = None  # what it would be without the draft model
     origins: list[int] = field(default_factory=list)
 
 
@@ -57,12 +58,37 @@ class LiveRequests:
         self.max_model_len = max_model_len
         self.device = torch.device("cpu")
         self.custom_processors = self.opaque_processors = False
-        self.read: Callable[[str, int], int] = lambda req_id, computed: computed
+        self.draft_prefix: Callable[[str, int], int] = lambda req_id, computed: computed
         self.on_release: Callable[[int], None] = lambda slot: None
         self.idle_save: IdleSave | None = None
         self.tracing = False
         self.finished_origins: dict[str, list[int]] = {}
         self._requests: dict[str, Request] = {}
+
+    def bind(
+        self,
+        device: torch.device,
+        processors: list[LogitsProcessor],
+        draft_prefix: Callable[[str, int], int],
+    ) -> list[str]:
+        """Learn about the engine before the first request.
+
+        Args:
+            device: of the target.
+            processors: its logits processors.
+            draft_prefix: how many of the cached tokens that a request (vLLM's id) starts with have
+                draft KV.
+
+        Returns:
+            Names of processors that may depend on more than parameters, prompt and output; if there
+            are any, nothing is drafted.
+        """
+        self.device, self.draft_prefix = device, draft_prefix
+        built_in = tuple(BUILTIN_LOGITS_PROCESSORS)
+        self.custom_processors = any(not isinstance(p, built_in) for p in processors)
+        opaque = sorted({type(p).__qualname__ for p in processors if not stateless(p)})
+        self.opaque_processors = bool(opaque)
+        return opaque
 
     def __getitem__(self, req_id: str) -> Request:
         return self._requests[req_id]
@@ -89,7 +115,7 @@ class LiveRequests:
             self.idle_save.busy()
         before = self._requests.get(req_id)
         if before is not None:
-            state.generator = before.sampled.generator
+            state.generator = before.sampling.generator
             self._end(req_id)
         params = state.sampling_params
         assert params is not None
@@ -104,8 +130,8 @@ class LiveRequests:
             slot=self.drafting.add(scope),
             scope=scope,
             speculates=not self.opaque_processors and can_speculate(params),
-            narrow=params.structured_outputs is not None,
-            sampled=Sampled.of(state, self.eos, self.custom_processors, self.device),
+            chain_only=params.structured_outputs is not None,
+            sampling=RequestSampling.of(state, self.eos, self.custom_processors, self.device),
             max_tokens=params.max_tokens or self.max_model_len,
         )
         self.resume(req_id, num_computed)
@@ -115,8 +141,10 @@ class LiveRequests:
         request = self._requests[req_id]
         if request.slot == NO_SLOT:
             request.slot = self.drafting.add(request.scope)
-        request.tree = request.grown = request.alone = None  # its slot may be another one
-        self.drafting.reset(request.slot, self.read(req_id, num_computed) if num_computed else 0)
+        # its slot may be another one
+        request.tree = request.grown_tree = request.phrase_tree = None
+        cached = self.draft_prefix(req_id, num_computed) if num_computed else 0
+        self.drafting.reset(request.slot, cached)
 
     def suspend(self, req_id: str) -> None:
         """A request is preempted: its KV is gone, it may come back."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
 
 
-class Kept:
+class Persistence:
     """A pool in its file, and the costs beside it.
 
     Args:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
-from vllm_ouroboros.draft.kv_cache import Behind
+from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.rounds import DraftRounds
 from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.live_requests import LiveRequests, Request
-from vllm_ouroboros.integration.persistence import Kept
-from vllm_ouroboros.integration.step_trees import Drafted
+from vllm_ouroboros.integration.persistence import Persistence
+from vllm_ouroboros.integration.stats import flat_stats
+from vllm_ouroboros.integration.step_trees import DraftBatch
 from vllm_ouroboros.metrics.counters import Counters
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.phrases.arrays import PhraseSource
@@ -28,7 +28,11 @@ from vllm_ouroboros.policy.throughput import Step
 from vllm_ouroboros.trees import drafting
 from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.verify.acceptance import Verified
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, stateless
+from vllm_ouroboros.verify.token_sampler import (
+    RequestSampling,
+    TokenSampler,
+    eos_token_ids,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +68,7 @@ class OuroborosProposer:
         self.draft = draft
         if config.draft_model is not None and draft is None:
             self.draft = DraftModel(config.draft_model, vllm_config)
-        self.eos = _eos_ids(vllm_config)
+        self.eos = eos_token_ids(vllm_config)
         self.drafting = Drafting(
             PhrasePool(config.pool_capacity, config.guess_set_size, config.phrase_len),
             max_requests=scheduler.max_num_seqs,
@@ -85,7 +89,7 @@ class OuroborosProposer:
                 self.draft, self.drafting, scheduler.max_num_batched_tokens,
                 self.counters, self.clock,
             )  # fmt: skip
-        self.kept: Kept | None = None  # with a `pool_path`, once the model is loaded
+        self.persistence: Persistence | None = None  # with a `pool_path`, once the model is loaded
         self.policy: Policy | None = None  # with `adaptive`, once costs are measured
         self.forward_seconds = 0.0  # of the target's last forward
         self._runner: GPUModelRunner | None = None
@@ -95,13 +99,8 @@ class OuroborosProposer:
         self._runner = runner
         if self.rounds is not None:
             self.rounds.sampler = sampler
-        processors, requests = [*sampler.processors.all], self.requests
-        requests.device, requests.read = runner.device, self._read
-        requests.custom_processors = any(
-            not isinstance(p, tuple(BUILTIN_LOGITS_PROCESSORS)) for p in processors
-        )
-        opaque = sorted({type(p).__qualname__ for p in processors if not stateless(p)})
-        requests.opaque_processors = bool(opaque)
+        processors = [*sampler.processors.all]
+        opaque = self.requests.bind(runner.device, processors, self._draft_prefix)
         if opaque:
             logger.warning(
                 "Ouroboros drafts nothing in this engine: logits processor %s may depend on more "
@@ -110,7 +109,7 @@ class OuroborosProposer:
                 ", ".join(opaque),
             )
 
-    def _read(self, req_id: str, computed: int) -> int:
+    def _draft_prefix(self, req_id: str, computed: int) -> int:
         """How many of the tokens that a request starts with have draft KV."""
         if self.rounds is None:
             return computed
@@ -136,8 +135,8 @@ class OuroborosProposer:
         drafting.warm_up()
         acceptance_estimates.warm_up()
         if self.config.pool_path is not None:
-            self.kept = Kept(self.drafting.pool, self.config.pool_path, model)
-            self.requests.idle_save = self.kept.idle_save
+            self.persistence = Persistence(self.drafting.pool, self.config.pool_path, model)
+            self.requests.idle_save = self.persistence.idle_save
 
     def _observe(
         self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
@@ -154,19 +153,19 @@ class OuroborosProposer:
             sources = [0] * len(tokens)
             found = verified.get(req_id)
             if found is not None:
-                root = int(token_ids[row, self.drafting.state.known[request.slot] - 1])
+                root = int(token_ids[row, self.drafting.state.committed[request.slot] - 1])
                 self.drafting.learn(request.slot, root, found.tree, found.predicted)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
-            if self.policy is not None and request.grown is not None:
+            if self.policy is not None and request.grown_tree is not None:
                 text = np.array(tokens, np.int32)
                 size = len(found.tree.tokens) if found is not None else 0
-                self.policy.learn(request.slot, request.grown, size, request.alone, text)
+                self.policy.learn(request.slot, request.grown_tree, size, request.phrase_tree, text)
             if self.requests.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
-            request.tree = request.grown = request.alone = None
+            request.tree = request.grown_tree = request.phrase_tree = None
 
     def propose(
         self,
@@ -193,16 +192,16 @@ class OuroborosProposer:
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._end_step(sampled_token_ids)
-            if self.kept is not None:
-                self.kept.save_if_due()
+            if self.persistence is not None:
+                self.persistence.save_if_due()
         self.clock.end_step(len(drafts))
         return drafts
 
-    def adapt(self, policy: Policy) -> None:
+    def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""
         self.policy = policy
-        if self.kept is not None:
-            self.kept.costs = policy.costs
+        if self.persistence is not None:
+            self.persistence.costs = policy.costs
         self.requests.on_release = policy.forget
         if self.rounds is not None:
             self.rounds.policy = policy
@@ -213,7 +212,7 @@ class OuroborosProposer:
             step = Step(
                 requests=len(emitted),
                 tokens=sum(map(len, emitted)),
-                forwards=self.forward_seconds + (rounds.spent if rounds else 0.0),
+                forwards=self.forward_seconds + (rounds.seconds if rounds else 0.0),
                 decoding=all(emitted),
                 drafted=rounds is not None and rounds.drafted,
             )
@@ -223,59 +222,61 @@ class OuroborosProposer:
         self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
     ) -> list[list[int]]:
         runner, batch = self.runner, self.runner.input_batch
-        prompts: list[Behind] = []
+        prompts: list[CatchUp] = []
         found: list[Request] = []
         rows: list[int] = []
-        sampled: dict[int, Sampled] = {}
+        sampled: dict[int, RequestSampling] = {}
         for row, emitted in enumerate(sampled_token_ids):
             req_id = batch.req_ids[row]
             request = self.requests[req_id]
             slot, length = request.slot, int(lengths[row])
             if not emitted:
-                prompts.append(Behind(slot, row, self._computed(req_id, row)))
+                computed = int(batch.num_computed_tokens_cpu[row])
+                prompts.append(CatchUp(slot, row, computed + runner.scheduled_tokens[req_id]))
                 if self.policy is not None:
-                    self.policy.meet(slot, request.sampled.plain)
+                    self.policy.begin_step(slot, request.sampling.argmax_only)
                 continue
             text, prompt = token_ids_cpu[row], int(batch.num_prompt_tokens[row])
-            if self.drafting.state.fed[slot] == 0:
+            if self.drafting.state.in_pool[slot] == 0:
                 self.drafting.commit(slot, text, length - len(emitted), PhraseSource.PROMPT)
             self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
             limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
-            if request.speculates and limit > 0 and emitted[-1] not in request.sampled.stops:
+            if request.speculates and limit > 0 and emitted[-1] not in request.sampling.stops:
                 capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
-                self.drafting.start(slot, length, limit, capacity, request.narrow)
+                self.drafting.start(slot, length, limit, capacity, request.chain_only)
                 found.append(request)
                 rows.append(row)
                 if self.policy is not None:
-                    self.policy.meet(slot, request.sampled.plain)
-                if self.rounds is not None and not request.sampled.plain:
-                    sampled[slot] = request.sampled.ahead()
-        drafted = Drafted.of(found, rows, token_ids_cpu, len(sampled_token_ids))
-        plan, promised = None, np.zeros(len(rows))
+                    self.policy.begin_step(slot, request.sampling.argmax_only)
+                if self.rounds is not None and not request.sampling.argmax_only:
+                    sampled[slot] = request.sampling.with_noise_copy()
+        drafted = DraftBatch.of(found, rows, token_ids_cpu, len(sampled_token_ids))
+        phrases, expected_accepted = None, np.zeros(len(rows))
         if self.policy is not None:
             with self.clock.phase("build"):
-                plan = step_trees.plan(self.drafting, self.policy, drafted)
-                promised = plan.promised
+                phrases = step_trees.phrase_trees(self.drafting, self.policy, drafted)
+                expected_accepted = phrases.expected_accepted
         if self.rounds is not None:
             self.rounds.run(
-                runner, prompts, drafted.slots, drafted.rows, token_ids_cpu, sampled, promised
+                runner,
+                prompts,
+                drafted.slots,
+                drafted.rows,
+                token_ids_cpu,
+                sampled,
+                expected_accepted,
             )
         with self.clock.phase("build"):
-            if self.policy is not None and plan is not None:
-                trees = step_trees.best(self.drafting, self.policy, plan, drafted)
+            if self.policy is not None and phrases is not None:
+                trees = step_trees.best_first_trees(self.drafting, self.policy, phrases, drafted)
             else:
-                nodes = runner.nodes_wanted(drafted.size)
-                trees = step_trees.whole(self.drafting, drafted, nodes, self.budget)
+                nodes = runner.graph_tree_nodes(drafted.size)
+                trees = step_trees.fixed_trees(self.drafting, drafted, nodes, self.budget)
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             for request, row, tree in zip(found, rows, trees, strict=True):
                 request.tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts
-
-    def _computed(self, req_id: str, row: int) -> int:
-        """Tokens of a request that the target has in its KV cache after this step."""
-        computed = int(self.runner.input_batch.num_computed_tokens_cpu[row])
-        return computed + self.runner.scheduled_tokens[req_id]
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the draft model, which the first request would otherwise wait for."""
@@ -284,8 +285,8 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
-        if self.kept is not None:
-            self.kept.close()
+        if self.persistence is not None:
+            self.persistence.close()
 
     def reset_pool(self) -> None:
         """Forget all phrases; those in the file stay until the next save of new ones."""
@@ -295,25 +296,4 @@ class OuroborosProposer:
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""
-        pool = self.drafting.pool
-        flat = self.counters.as_dict()
-        flat["pool_phrases"] = len(pool)
-        flat["pool_hits"] = int(pool.arrays.hits[1])
-        flat["pool_lookups"] = int(pool.arrays.hits[0])
-        flat["pool_bytes"] = pool.bytes
-        flat["tree_bytes"] = self.drafting.bytes
-        for source, count in pool.inserted().items():
-            flat[f"pool_from_{source}"] = count
-        return flat
-
-
-def _eos_ids(vllm_config: VllmConfig) -> frozenset[int]:
-    """Ids that end a text, from the generation config and the model config."""
-    ids: set[int] = set()
-    for source in (
-        vllm_config.model_config.try_get_generation_config(),
-        vllm_config.model_config.hf_text_config.to_dict(),
-    ):
-        value = source.get("eos_token_id")
-        ids.update([value] if isinstance(value, int) else value or ())
-    return frozenset(ids)
+        return flat_stats(self.counters, self.drafting)

@@ -24,7 +24,7 @@ from vllm_ouroboros.policy.forward_costs import Costs, measure
 from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask
 from vllm_ouroboros.verify.acceptance import Verified, verify
 from vllm_ouroboros.verify.token_sampler import TokenSampler, build_processors
-from vllm_ouroboros.verify.tree_step import AnyStep, attach
+from vllm_ouroboros.verify.tree_step import TreeStep, attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +48,7 @@ class TreeBatch:
         self.rows = np.cumsum(drafted + 1) - (drafted + 1)
         self.starts = ends - (drafted + 1)
         self.branching = [r for r, t in enumerate(trees) if t is not None and not t.is_chain]
-        self.steps: list[AnyStep] = []
+        self.steps: list[TreeStep] = []
 
     @cached_property
     def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,8 +187,8 @@ class TreeRunner(GPUModelRunner):
         mask: np.ndarray,
         num_rows: int,
         *,
-        keep: bool = True,
-    ) -> AnyStep:
+        save_kv: bool = True,
+    ) -> TreeStep:
         """The trees of a forward as this platform's attention reads them; no block table yet.
 
         Args:
@@ -197,11 +197,11 @@ class TreeRunner(GPUModelRunner):
             context_lens: int32 [R], tokens in the KV cache before the step.
             mask: int32 [T, words] of `step_mask`.
             num_rows: rows of the whole forward.
-            keep: whether accepted rows will be moved.
+            save_kv: whether accepted rows will be moved.
         """
         raise NotImplementedError
 
-    def nodes_wanted(self, num_requests: int) -> int:
+    def graph_tree_nodes(self, num_requests: int) -> int:
         """Nodes to which the trees of a batch should be padded, for a graph of that shape."""
         return 0
 
@@ -236,7 +236,7 @@ class TreeRunner(GPUModelRunner):
 
         most = self.max_num_tokens
         curves = measure(target, most), measure(draft, most) if self.drafter.draft else None
-        self.drafter.adapt(Policy(Costs(*curves)))
+        self.drafter.set_policy(Policy(Costs(*curves)))
 
     def _wait(self) -> None:
         """Wait for what the device was told to run."""
@@ -256,7 +256,7 @@ class TreeRunner(GPUModelRunner):
                 logits,
                 trees.rows,
                 trees.trees,
-                [self.drafter.requests[req_id].sampled for req_id in req_ids],
+                [self.drafter.requests[req_id].sampling for req_id in req_ids],
                 set(unfinished.tolist()),
                 self.input_batch.sampling_metadata,
             )

@@ -1,4 +1,4 @@
-"""The trees of a step: as large as they may be, or of those nodes that are worth their rows."""
+"""The trees of a step: fixed ones, or best-first ones of the nodes that are worth their rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.trees.drafting import Drafting
 
 
-class Drafted(NamedTuple):
+class DraftBatch(NamedTuple):
     """The R requests of a batch that are drafted for."""
 
     requests: list[Request]
@@ -24,69 +24,78 @@ class Drafted(NamedTuple):
     @classmethod
     def of(
         cls, requests: list[Request], rows: list[int], token_ids: np.ndarray, size: int
-    ) -> Drafted:
+    ) -> DraftBatch:
         """Requests, and where they stand in a batch of so many."""
         slots = np.array([request.slot for request in requests], np.int64)
         return cls(requests, slots, np.array(rows, np.int64), token_ids, size)
 
 
-class Plan(NamedTuple):
-    """What phrases alone would make of a step, before the draft model is asked."""
+class PhraseTrees(NamedTuple):
+    """Trees of phrases alone, grown before it is known whether the draft model runs."""
 
-    rates: np.ndarray  # float64 [R, KINDS]
-    least: float  # probability below which no node is worth a look
-    worth: float  # probability above which a node is worth its row
+    rates: np.ndarray  # float64 [R, NUM_KINDS], acceptance rates of each request
+    min_probability: float  # below which no node is grown
+    threshold: float  # probability above which a node is worth its row
     trees: list[DraftTree]
-    probabilities: list[np.ndarray]  # float64 of the nodes of each tree
-    promised: np.ndarray  # float64 [R], tokens of the nodes that are worth their rows
+    probabilities: list[np.ndarray]  # float64 of the nodes of each tree, descending
+    expected_accepted: np.ndarray  # float64 [R], tokens, of the nodes that are worth their rows
+
+    def worth_verifying(self, i: int) -> DraftTree:
+        """The i-th tree, cut to the nodes that are worth their rows."""
+        return self.trees[i].prefix(int((self.probabilities[i] > self.threshold).sum()))
 
 
-def plan(drafting: Drafting, policy: Policy, batch: Drafted) -> Plan:
+def phrase_trees(drafting: Drafting, policy: Policy, batch: DraftBatch) -> PhraseTrees:
     """Grow trees of phrases alone."""
-    rates, least = policy.rates(batch.slots.tolist()), policy.least(batch.size)
+    rates = policy.rates(batch.slots.tolist())
+    min_probability = policy.min_probability(batch.size)
     trees, probabilities = drafting.grow(
-        batch.slots, batch.rows, batch.token_ids, rates, least, alone=True
+        batch.slots, batch.rows, batch.token_ids, rates, min_probability, without_draft=True
     )
-    worth = policy.row_worth(batch.size)
-    promised = np.array([p[p > worth].sum() for p in probabilities])
-    return Plan(rates, least, worth, trees, probabilities, promised)
+    threshold = policy.acceptance_threshold(batch.size)
+    expected = np.array([p[p > threshold].sum() for p in probabilities])
+    return PhraseTrees(rates, min_probability, threshold, trees, probabilities, expected)
 
 
-def best(drafting: Drafting, policy: Policy, planned: Plan, batch: Drafted) -> list[DraftTree]:
-    """Trees of those nodes that are worth their rows; the plan's where nothing was drafted.
+def best_first_trees(
+    drafting: Drafting, policy: Policy, phrases: PhraseTrees, batch: DraftBatch
+) -> list[DraftTree]:
+    """Trees of the nodes that are worth their rows; those of phrases where nothing was drafted.
 
-    The requests get what they were cut from, and what would have been without the draft model.
+    Each request keeps the tree that its own was cut from, and the one without the draft model.
     """
-    trees, probabilities = [*planned.trees], [*planned.probabilities]
+    trees, probabilities = [*phrases.trees], [*phrases.probabilities]
     drafted = drafting.state.chain_len[batch.slots] > 0
     with_draft = drafting.grow(
         batch.slots[drafted],
         batch.rows[drafted],
         batch.token_ids,
-        planned.rates[drafted],
-        planned.least,
+        phrases.rates[drafted],
+        phrases.min_probability,
     )
     for i, tree, p in zip(np.flatnonzero(drafted).tolist(), *with_draft, strict=True):
-        batch.requests[i].alone = trees[i].prefix(int((probabilities[i] > planned.worth).sum()))
+        batch.requests[i].phrase_tree = phrases.worth_verifying(i)
         trees[i], probabilities[i] = tree, p
     for request, tree in zip(batch.requests, trees, strict=True):
-        request.grown = tree
-    sizes = policy.sizes(probabilities, batch.size)
+        request.grown_tree = tree
+    sizes = policy.tree_sizes(probabilities, batch.size)
     return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 
 
-def whole(drafting: Drafting, batch: Drafted, alike_nodes: int, budget: int) -> list[DraftTree]:
-    """Trees as large as they may be.
+def fixed_trees(
+    drafting: Drafting, batch: DraftBatch, graph_nodes: int, budget: int
+) -> list[DraftTree]:
+    """Trees as large as they may be: chain, suffixes, and phrases at the root.
 
     Args:
         drafting: holds chains and phrases.
         batch: the requests.
-        alike_nodes: nodes that a graph wants of each tree of this batch; 0 for any.
+        graph_nodes: nodes that a CUDA graph wants of each tree of this batch; 0 for any.
         budget: most nodes of a tree.
     """
     state = drafting.state
     drafting.build(batch.slots, batch.rows, batch.token_ids)
-    alike = len(batch.slots) == batch.size and not state.narrow[batch.slots].any()
-    alike = alike and bool((state.limit[batch.slots] == budget).all())
-    wanted = alike_nodes if alike else 0
+    uniform = len(batch.slots) == batch.size and not state.chain_only[batch.slots].any()
+    uniform = uniform and bool((state.node_limit[batch.slots] == budget).all())
+    wanted = graph_nodes if uniform else 0
     return [drafting.tree(slot).padded(wanted) for slot in batch.slots.tolist()]

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from vllm_ouroboros.integration.runner import TreeRunner
 
 
-def take_place_of(backend: AttentionBackendEnum, path: str) -> None:
+def replace_backend(backend: AttentionBackendEnum, path: str) -> None:
     """Let the class ``path`` serve whoever asks vLLM for ``backend``, in this process."""
     register_backend(backend, path)
     selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
 
 
-class OuroborosCalls:
+class OuroborosWorkerMixin:
     """Mixed into a vLLM worker: the end of an engine, and what `vllm_ouroboros` asks for."""
 
     model_runner: TreeRunner

@@ -1,4 +1,4 @@
-"""Counters of the engine's life, and where the time of a step goes."""
+"""Counters of the engine's life."""
 
 from __future__ import annotations
 

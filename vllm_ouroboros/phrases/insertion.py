@@ -9,7 +9,7 @@ from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
 from vllm_ouroboros.phrases.eviction import claim
 
-MOST = 255
+MAX_TIMES = 255
 """Times that a phrase is counted up to; then those of its key count half."""
 _WINDOW = int(PhraseSource.WINDOW)
 
@@ -68,7 +68,7 @@ def insert(pool, scope, token, phrase, start, length, source, times):
         pool.times[slot, g] = pool.times[slot, g - 1]
     pool.lengths[slot, target] = kept
     pool.sources[slot, target] = source
-    if seen > MOST:
+    if seen > MAX_TIMES:
         for g in range(pool.counts[slot]):
             pool.times[slot, g] //= 2
         seen //= 2

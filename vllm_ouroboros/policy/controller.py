@@ -1,9 +1,12 @@
-"""How much to draft and to verify: what nodes promise, against what forwards cost.
+"""How much to draft and to verify: expected accepted tokens against the cost of forwards.
 
-Time is worth what the batch makes of it on average, its tokens per second. A node is verified if it
-promises more tokens than the time of its row is worth, a draft forward is run if what it adds is
-worth its time. Steps without any draft are a choice; now and then one with a draft looks whether
-that still holds.
+A second is worth the tokens that the batch makes in it on average. A node is verified if it is
+expected to bring more tokens than the time of its row is worth, a draft forward runs if what it
+adds is worth its time. Steps without any draft are a choice; now and then a few steps with a draft
+explore whether that still holds.
+
+The constants were tuned on traces of the shipped pair and of a weaker one (code and random tokens,
+batches 1, 8 and 32) by scripts/simulate.
 """
 
 from __future__ import annotations
@@ -12,19 +15,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vllm_ouroboros.policy.acceptance_estimates import Estimates, Leaning, lean
-from vllm_ouroboros.policy.forward_costs import Costs, refined
-from vllm_ouroboros.policy.request_statistics import SMOOTH, Known, Manner
-from vllm_ouroboros.policy.throughput import Speed, Step
+from vllm_ouroboros.policy.acceptance_estimates import CalibrationBias, Estimates, apply_bias
+from vllm_ouroboros.policy.forward_costs import Costs, update_average
+from vllm_ouroboros.policy.request_statistics import AVERAGE_WEIGHT, RequestStatistics, SamplingMode
+from vllm_ouroboros.policy.throughput import Step, Throughput
 from vllm_ouroboros.trees.draft_tree import DraftTree
-from vllm_ouroboros.trees.node_kinds import EDGES
+from vllm_ouroboros.trees.node_kinds import GRADE_BOUNDS
 
-PROBING = 0.008  # share of all time that looking at drafts which do not pay may take
-IDLE = 20.0  # a step that took so many times its forwards held a pause
-FLOOR = 0.01  # probability below which a node is never worth its host work
-EXTRA = 0.025  # of a plain step, which a draft forward may take for guesses and window
-LOOK = 4  # steps that a look at drafts takes
-DOUBT = 2.5  # what the odds of a node are divided by: of many, those overrated look best
+EXPLORATION_SHARE = 0.008  # of all time that exploring drafts which do not pay may take
+EXPLORATION_STEPS = 4  # that one exploration takes
+IDLE_FACTOR = 20.0  # a step that took so many times its forwards held a pause
+MIN_PROBABILITY = 0.01  # below which a node is never worth its host work
+EXTRA_ROWS_SHARE = 0.025  # of a plain step that a draft forward may take for guesses and window
+SHRINKAGE = 2.5
+"""What the odds of a node are divided by: of many estimates the highest are the most overrated."""
 
 
 class Policy:
@@ -36,55 +40,56 @@ class Policy:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.greedy, self.drawn = Manner(), Manner()
-        self.requests: dict[int, Known] = {}  # by slot
-        self._speeds: dict[int, Speed] = {}  # by size of batch
-        self._gained = 1.0  # tokens that a draft forward adds to a chain
-        self._rounds = 2.0  # rounds that drafting for a step takes, as long as one may be
-        self._longest = 1.0  # seconds that a round may take
-        self._unlooked = 0.0  # seconds that passed without a draft
-        self._drafted = False  # whether drafting has ever been tried
-        self._pays = True  # whether drafting did when it was last weighed
-        self._look = 0  # steps that are still drafted for, to see whether it pays
-        self._spare = 0.0  # seconds that such a look may spend on reading
+        self.greedy, self.sampled = SamplingMode(), SamplingMode()
+        self.requests: dict[int, RequestStatistics] = {}  # by slot
+        self._throughputs: dict[int, Throughput] = {}  # by size of batch
+        self._tokens_per_round = 1.0  # that a draft forward adds to a chain
+        self._rounds_per_step = 2.0  # of drafting, each as long as a round may be
+        self._max_round_seconds = 1.0  # that a round may take
+        self._seconds_undrafted = 0.0  # since the last draft
+        self._ever_drafted = False
+        self._drafting_pays = True  # by the last estimate
+        self._exploration_left = 0  # steps that are still drafted to explore
+        self._exploration_seconds = 0.0  # that exploring may spend on reading text
         self._last: tuple[float, Step] | None = None  # when the last step ended
 
     # -- requests and batches ------------------------------------------------------------------
 
-    def meet(self, slot: int, greedy: bool) -> None:
-        """A request is to be drafted for; a new one is like others that choose as it does."""
-        known = self.requests.get(slot)
-        if known is None:
-            self.requests[slot] = Known(self.greedy if greedy else self.drawn)
+    def begin_step(self, slot: int, greedy: bool) -> None:
+        """A request takes a step; a new one starts with the statistics of its mode."""
+        request = self.requests.get(slot)
+        if request is None:
+            self.requests[slot] = RequestStatistics(self.greedy if greedy else self.sampled)
         else:
-            known.go_on()
+            request.begin_step()
 
     def forget(self, slot: int) -> None:
         """The request of a slot is gone."""
-        known = self.requests.pop(slot, None)
-        if known is not None:
-            known.end()
+        request = self.requests.pop(slot, None)
+        if request is not None:
+            request.finish()
 
-    def plain_step(self, requests: int) -> float:
+    def plain_step_seconds(self, requests: int) -> float:
         """Seconds of a step of a batch without any speculation."""
         return self.costs.target.at(requests) + self.costs.overhead
 
-    def speed(self, requests: int) -> float:
+    def throughput(self, requests: int) -> float:
         """Tokens per second of a batch: what a second is worth."""
-        return max(self._speed(requests).value, requests / self.plain_step(requests))
+        observed = self._throughput(requests).tokens_per_second
+        return max(observed, requests / self.plain_step_seconds(requests))
 
-    def _speed(self, requests: int) -> Speed:
-        return self._speeds.setdefault(requests.bit_length(), Speed())
+    def _throughput(self, requests: int) -> Throughput:
+        return self._throughputs.setdefault(requests.bit_length(), Throughput())
 
-    def _row(self, requests: int) -> float:
+    def _row_seconds(self, requests: int) -> float:
         """Seconds that a node adds to a target forward, on average over a small tree."""
         target = self.costs.target
         return (target.at(9 * requests) - target.at(requests)) / (8 * requests)
 
-    def row_worth(self, requests: int) -> float:
-        """Probability that a node must have; above 1 where no row is worth its time."""
-        price = self.speed(requests) * self._row(requests)
-        return DOUBT * price / (1 - price + DOUBT * price) if price < 1 else price
+    def acceptance_threshold(self, requests: int) -> float:
+        """Estimated probability that a node must have; above 1 where no row is worth its time."""
+        price = self.throughput(requests) * self._row_seconds(requests)
+        return SHRINKAGE * price / (1 - price + SHRINKAGE * price) if price < 1 else price
 
     def end_step(self, step: Step, now: float) -> None:
         """A step ended ``now`` (seconds of any clock), together with the draft for the next one."""
@@ -92,29 +97,29 @@ class Policy:
         if last is None:
             return
         seconds = now - last[0]
-        if seconds > IDLE * step.forwards:  # the engine had nothing to do in between
+        if seconds > IDLE_FACTOR * step.forwards:  # the engine had nothing to do in between
             return
-        self._unlooked += seconds
-        for manner in (self.greedy, self.drawn):
-            manner.estimates.fade()
+        self._seconds_undrafted += seconds
+        for mode in (self.greedy, self.sampled):
+            mode.estimates.decay()
         if last[1].requests == step.requests and step.decoding:
             self.costs.observe_overhead(seconds - step.forwards, step.drafted)
-            self._speed(step.requests).observe(step.tokens, seconds)
+            self._throughput(step.requests).observe(step.tokens, seconds)
 
     # -- drafting ------------------------------------------------------------------------------
 
-    def reads(self, slot: int, tokens: int) -> bool:
+    def reads_prompt(self, slot: int, tokens: int) -> bool:
         """Whether the draft model should read so many tokens of a prompt while it is at work."""
-        known = self.requests.get(slot)
-        if known is None or self.costs.draft is None or not self._pays:
+        request = self.requests.get(slot)
+        if request is None or self.costs.draft is None or not self._drafting_pays:
             return False
-        price = self.speed(len(self.requests)) * self.costs.draft.at(tokens)
-        return known.usual * known.manner.steps > price
+        price = self.throughput(len(self.requests)) * self.costs.draft.at(tokens)
+        return request.mean_savings * request.mode.mean_steps > price
 
-    def drafts(
+    def choose_drafted(
         self,
         slots: np.ndarray,
-        promised: np.ndarray,
+        expected_accepted: np.ndarray,
         rows: int,
         lags: np.ndarray,
         limits: np.ndarray,
@@ -123,107 +128,112 @@ class Policy:
 
         Args:
             slots: int64 [R].
-            promised: float64 [R], tokens that each tree promises without the draft model.
+            expected_accepted: float64 [R], tokens of each tree without the draft model.
             rows: of one draft forward for all of them.
             lags: int32 [R], tokens that it would have to read first.
             limits: int32 [R], tokens that each request may still have.
         """
         if self.costs.draft is None:
             return np.zeros(len(slots), np.bool_)
-        known = [self.requests[slot] for slot in slots.tolist()]
-        added = [one.expect(p) for one, p in zip(known, promised.tolist(), strict=True)]
-        price, speed = self.costs.draft, self.speed(len(slots))
+        requests = [self.requests[slot] for slot in slots.tolist()]
+        savings = [
+            one.classify(e) for one, e in zip(requests, expected_accepted.tolist(), strict=True)
+        ]
+        price, throughput = self.costs.draft, self.throughput(len(slots))
         reading = np.array([price.at(n) for n in lags.tolist()])
-        steps = np.minimum([max(1.0, one.manner.steps) for one in known], limits)
-        gains = np.array(added) - speed * reading / steps
-        self._longest = self.costs.round(rows)
-        seconds = self._rounds * self._longest + self.costs.drafting
+        steps = np.minimum([max(1.0, one.mode.mean_steps) for one in requests], limits)
+        gains = np.array(savings) - throughput * reading / steps
+        self._max_round_seconds = self.costs.round(rows)
+        seconds = self._rounds_per_step * self._max_round_seconds + self.costs.drafting
         able = gains > 0
-        self._pays = bool(gains[able].sum() > speed * seconds)
-        chosen = able if self._pays else self._looked_at(reading, seconds)
+        self._drafting_pays = bool(gains[able].sum() > throughput * seconds)
+        chosen = able if self._drafting_pays else self._explore(reading, seconds)
         if chosen.any():
-            self._unlooked, self._drafted = 0.0, True
+            self._seconds_undrafted, self._ever_drafted = 0.0, True
         return chosen
 
-    def _looked_at(self, reading: np.ndarray, seconds: float) -> np.ndarray:
+    def _explore(self, reading: np.ndarray, seconds: float) -> np.ndarray:
         """For whom to draft although it does not pay, to see whether that still holds: bool [R].
 
         Args:
             reading: float64 [R], seconds that the draft model needs before it can start.
             seconds: that drafting for a step takes.
         """
-        if self._look == 0:
-            self._spare = self._unlooked * PROBING - LOOK * seconds
-            if not self._drafted:  # what it costs is only known from the start of the engine
-                self._spare = float(reading.min())
+        if self._exploration_left == 0:
+            budget = self._seconds_undrafted * EXPLORATION_SHARE
+            self._exploration_seconds = budget - EXPLORATION_STEPS * seconds
+            if not self._ever_drafted:  # what it costs is only known from the start of the engine
+                self._exploration_seconds = float(reading.min())
         order = np.argsort(reading, kind="stable")  # those that are read soonest
         chosen = np.zeros(len(reading), np.bool_)
-        chosen[order] = np.cumsum(reading[order]) <= self._spare
+        chosen[order] = np.cumsum(reading[order]) <= self._exploration_seconds
         if chosen.any():
-            self._spare -= reading[chosen].sum()
-            self._look = (self._look or LOOK) - 1
-        else:  # whom it read is gone: the next look is another one
-            self._look = 0
+            self._exploration_seconds -= reading[chosen].sum()
+            self._exploration_left = (self._exploration_left or EXPLORATION_STEPS) - 1
+        else:  # whom it read is gone: the next exploration is another one
+            self._exploration_left = 0
         return chosen
 
-    def affords(self, requests: int, rows: int, fewer: int) -> bool:
+    def affords_rows(self, requests: int, rows: int, fewer: int) -> bool:
         """Whether a draft forward may have so many rows where fewer would do."""
         assert self.costs.draft is not None
         more = self.costs.draft.at(rows) - self.costs.draft.at(fewer)
-        return more <= EXTRA * self.plain_step(requests)
+        return more <= EXTRA_ROWS_SHARE * self.plain_step_seconds(requests)
 
-    def observe_round(self, gained: float) -> None:
+    def observe_round(self, tokens: float) -> None:
         """A draft forward added so many tokens to a chain, on average."""
-        self._gained += SMOOTH * (gained - self._gained)
+        self._tokens_per_round += AVERAGE_WEIGHT * (tokens - self._tokens_per_round)
 
     def observe_drafting(self, seconds: float) -> None:
         """Drafting for a step took so long."""
-        self._rounds = refined(self._rounds, seconds / self._longest, self._rounds)
+        rounds = seconds / self._max_round_seconds
+        self._rounds_per_step = update_average(self._rounds_per_step, rounds, self._rounds_per_step)
 
-    def goes_on(
+    def continues_drafting(
         self, slots: np.ndarray, confidence: np.ndarray, lengths: np.ndarray, rows: int, batch: int
     ) -> np.ndarray:
         """Which requests should have another draft forward: bool [R].
 
         Args:
             slots: int64 [R].
-            confidence: float32 [R, B], of the tokens of each chain.
+            confidence: float32 [R, B], the draft model's probability of the tokens of each chain.
             lengths: int32 [R], tokens of each chain.
             rows: rows of that forward.
             batch: requests of the step, others included.
         """
-        sure = self._by_manner(
-            slots.tolist(), lambda known, leanings: lean(known.grades(), leanings)
+        by_grade = self._by_mode(
+            slots.tolist(), lambda found, biases: apply_bias(found.rates_by_grade(), biases)
         )
-        right = np.take_along_axis(sure, np.searchsorted(EDGES, confidence, "right"), 1)
-        ends = np.where(np.arange(confidence.shape[1]) < lengths[:, None], right, 1.0).prod(1)
-        gains = ends * self._gained - self.row_worth(batch)
-        pays = gains[gains > 0].sum() > self.speed(batch) * self.costs.round(rows)
+        rates = np.take_along_axis(by_grade, np.searchsorted(GRADE_BOUNDS, confidence, "right"), 1)
+        within = np.arange(confidence.shape[1]) < lengths[:, None]
+        reaches_end = np.where(within, rates, 1.0).prod(1)
+        gains = reaches_end * self._tokens_per_round - self.acceptance_threshold(batch)
+        pays = gains[gains > 0].sum() > self.throughput(batch) * self.costs.round(rows)
         return (gains > 0) & pays
 
     # -- verifying -----------------------------------------------------------------------------
 
     def rates(self, slots: list[int]) -> np.ndarray:
-        """Rates float64 [R, KINDS] of the nodes of each request."""
-        return self._by_manner(slots, Estimates.rates)
+        """Acceptance rates float64 [R, NUM_KINDS] of the nodes of each request."""
+        return self._by_mode(slots, Estimates.rates)
 
-    def _by_manner(
-        self, slots: list[int], of: Callable[[Estimates, list[Leaning]], np.ndarray]
+    def _by_mode(
+        self, slots: list[int], of: Callable[[Estimates, list[CalibrationBias]], np.ndarray]
     ) -> np.ndarray:
-        """What ``of`` says for requests of one manner, put together: float64 [R, n]."""
-        known = [self.requests[slot] for slot in slots]
-        first = of(self.greedy.estimates, [one.leaning for one in known])
-        drawn = np.array([one.manner is self.drawn for one in known], np.bool_)
-        if drawn.any():
-            leanings = [one.leaning for one in known if one.manner is self.drawn]
-            first[drawn] = of(self.drawn.estimates, leanings)
-        return first
+        """What ``of`` says for the requests of each mode, put together: float64 [R, n]."""
+        requests = [self.requests[slot] for slot in slots]
+        found = of(self.greedy.estimates, [one.bias for one in requests])
+        sampled = np.array([one.mode is self.sampled for one in requests], np.bool_)
+        if sampled.any():
+            biases = [one.bias for one in requests if one.mode is self.sampled]
+            found[sampled] = of(self.sampled.estimates, biases)
+        return found
 
-    def least(self, requests: int) -> float:
-        """Probability below which a node is not worth a look."""
-        return max(FLOOR, 0.3 * self.row_worth(requests))
+    def min_probability(self, requests: int) -> float:
+        """Probability below which no node is grown."""
+        return max(MIN_PROBABILITY, 0.3 * self.acceptance_threshold(requests))
 
-    def sizes(self, probabilities: list[np.ndarray], batch: int) -> np.ndarray:
+    def tree_sizes(self, probabilities: list[np.ndarray], batch: int) -> np.ndarray:
         """How many nodes of each tree are worth their rows: int64 [R].
 
         Args:
@@ -233,14 +243,19 @@ class Policy:
         flat = np.concatenate([*probabilities, np.empty(0)])
         order = np.argsort(-flat, kind="stable")
         seconds = self.costs.target.table(batch + len(flat))[batch:]
-        doubted = flat / (DOUBT - (DOUBT - 1) * flat)
-        promised = np.concatenate([[0.0], np.cumsum(doubted[order])])
-        best = int(np.argmax(promised - self.speed(batch) * seconds))
+        shrunk = flat / (SHRINKAGE - (SHRINKAGE - 1) * flat)
+        expected_accepted = np.concatenate([[0.0], np.cumsum(shrunk[order])])
+        best = int(np.argmax(expected_accepted - self.throughput(batch) * seconds))
         owner = np.repeat(np.arange(len(probabilities)), [len(p) for p in probabilities])
         return np.bincount(owner[order[:best]], minlength=len(probabilities))
 
     def learn(
-        self, slot: int, tree: DraftTree, size: int, alone: DraftTree | None, text: np.ndarray
+        self,
+        slot: int,
+        tree: DraftTree,
+        size: int,
+        without_draft: DraftTree | None,
+        text: np.ndarray,
     ) -> None:
         """The target wrote what a request's tree was drafted for.
 
@@ -248,17 +263,19 @@ class Policy:
             slot: of the request.
             tree: as it was grown.
             size: nodes of it that were verified.
-            alone: the tree that it would have had without the draft model, if that ran.
+            without_draft: the tree it would have had without the draft model, if that ran.
             text: int32 [m], what the target wrote.
         """
-        known = self.requests.get(slot)
-        if known is None:  # the request was preempted
+        request = self.requests.get(slot)
+        if request is None:  # it was preempted
             return
-        known.manner.estimates.learn(tree, text, known.leaning)
-        if alone is not None:
-            right = known.manner.estimates.learn(alone, text, None)
-            saved = known.manner.estimates.steps_saved(tree, text, int(right))
-            batch, more = len(self.requests), len(text) - 1 - right
-            seconds = saved * self.plain_step(batch) / batch
-            seconds -= (size - len(alone.tokens) - more) * self._row(batch)  # rows that were wrong
-            known.compare(self.speed(batch) * seconds)
+        estimates = request.mode.estimates
+        estimates.learn(tree, text, request.bias)
+        if without_draft is not None:
+            accepted = estimates.learn(without_draft, text, None)
+            saved = estimates.steps_saved(tree, text, int(accepted))
+            batch, more = len(self.requests), len(text) - 1 - accepted
+            seconds = saved * self.plain_step_seconds(batch) / batch
+            rejected = size - len(without_draft.tokens) - more
+            seconds -= rejected * self._row_seconds(batch)
+            request.observe_savings(self.throughput(batch) * seconds)

@@ -1,4 +1,4 @@
-"""What a step costs on this machine: seconds of a forward by its rows, measured, then refined."""
+"""The cost of a forward on this machine: seconds by rows, measured, then kept up to date."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import numpy as np
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)
 """Rows at which forwards are measured."""
 REPEATS = 3
-LIMIT = 4.0  # seconds that a measurement may take, the size it is at included once more
-MEMORY = 0.05  # share of a new observation in what is refined
-FIRST = 8  # observations that weigh more
-REACH = 3.0  # doublings of rows over which an observation counts for other sizes
-SUFFIX = ".costs.json"
+MEASURING_LIMIT_S = 4.0  # that a measurement may take, the size it is at included once more
+OBSERVATION_WEIGHT = 0.05  # of a new observation in averages
+EARLY_OBSERVATIONS = 8  # that weigh more
+BEND_REACH = 3.0  # doublings of rows over which an observation counts for other sizes
+FILE_SUFFIX = ".costs.json"
 """What the name of a pool's file gets for that of the costs."""
-OUTSIDE = ("overhead", "planning", "drafting")
-"""Costs of `Costs` beside those of forwards."""
-DEAREST = 0.75  # share of the overhead that a first observation of drafting may come to
-WIDEST = 3.0  # an observation counts as at most so many times what was expected, or so little
+HOST_COSTS = ("overhead", "planning", "drafting")
+"""Fields of `Costs` beside those of forwards."""
+MAX_DRAFTING_SHARE = 0.75  # of the overhead that a first observation of drafting may come to
+MAX_DEVIATION = 3.0  # an observation counts as at most so many times what was expected
 
 
 def measure(
     run: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
-) -> Curve:
+) -> CostCurve:
     """Time forwards of up to ``most`` rows; the fastest of some runs of each size counts.
 
     Large sizes are left out where they would take too long.
@@ -43,21 +43,21 @@ def measure(
     sizes: list[int] = []
     seconds: list[float] = []
     for size in SIZES:
-        if sizes and (size > most or (len(sizes) > 1 and clock() - begin > LIMIT)):
+        if sizes and (size > most or (len(sizes) > 1 and clock() - begin > MEASURING_LIMIT_S)):
             break
         run(size)  # the first of a shape may compile
         times: list[float] = []
-        while not times or (len(times) < REPEATS and clock() - begin < LIMIT):
+        while not times or (len(times) < REPEATS and clock() - begin < MEASURING_LIMIT_S):
             start = clock()
             run(size)
             times.append(clock() - start)
         sizes.append(size)
         seconds.append(min(times))
-    return Curve(sizes, seconds)
+    return CostCurve(sizes, seconds)
 
 
 @dataclass
-class Curve:
+class CostCurve:
     """Seconds of a forward by rows, never falling; linear between and behind measured sizes.
 
     Attributes:
@@ -90,12 +90,13 @@ class Curve:
         """A forward of ``rows`` rows took so long: slower contexts and neighbours show here."""
         expected = self._at(rows)
         if rows > 0 and expected > 0:
-            seen = min(max(seconds / expected, self.factor / WIDEST), self.factor * WIDEST)
+            lowest, highest = self.factor / MAX_DEVIATION, self.factor * MAX_DEVIATION
+            seen = min(max(seconds / expected, lowest), highest)
             # what these rows cost against others, then what all cost against the start; the first
             # observations weigh more, for the start may have been unlike what came then
-            self._bend(rows, MEMORY * (seen / self.factor - 1.0))
+            self._bend(rows, OBSERVATION_WEIGHT * (seen / self.factor - 1.0))
             self.observed += 1
-            weight = 0.5 if self.observed <= FIRST else MEMORY
+            weight = 0.5 if self.observed <= EARLY_OBSERVATIONS else OBSERVATION_WEIGHT
             self.factor += weight * (seen - self.factor)
 
     def _bend(self, rows: int, share: float) -> None:
@@ -106,7 +107,7 @@ class Curve:
         """
         seconds = np.asarray(self.seconds, float)
         far = np.abs(np.log2(rows / np.asarray(self.sizes, float)))
-        seconds *= 1.0 + share * np.maximum(0.0, 1.0 - far / REACH)
+        seconds *= 1.0 + share * np.maximum(0.0, 1.0 - far / BEND_REACH)
         self.seconds = np.maximum.accumulate(seconds).tolist()
         self._table = np.empty(0)
 
@@ -140,8 +141,8 @@ class Costs:
         drafting: seconds beyond overhead and rounds that a step takes which drafts.
     """
 
-    target: Curve
-    draft: Curve | None
+    target: CostCurve
+    draft: CostCurve | None
     overhead: float = 0.0
     planning: float = 0.0
     drafting: float = 0.0
@@ -150,11 +151,13 @@ class Costs:
     def of(cls, shown: dict[str, Any]) -> Costs:
         """Costs from what `as_dict` showed."""
         curves = {
-            name: Curve([int(n) for n in shown[name]], [ms / 1000 for ms in shown[name].values()])
+            name: CostCurve(
+                [int(n) for n in shown[name]], [ms / 1000 for ms in shown[name].values()]
+            )
             for name in ("target", "draft")
             if name in shown
         }
-        seconds = {name: shown[name] / 1000 for name in OUTSIDE if name in shown}
+        seconds = {name: shown[name] / 1000 for name in HOST_COSTS if name in shown}
         return cls(curves["target"], curves.get("draft"), **seconds)
 
     def round(self, rows: int) -> float:
@@ -165,15 +168,16 @@ class Costs:
         """A round took so many seconds, the forward included."""
         if self.draft is not None:
             self.draft.observe(rows, forward)
-            self.planning = refined(self.planning, seconds - forward, self.draft.at(rows))
+            self.planning = update_average(self.planning, seconds - forward, self.draft.at(rows))
 
     def observe_overhead(self, seconds: float, drafted: bool = False) -> None:
         """A step spent so long outside forwards and rounds of drafting, if it had any."""
         if drafted and 0 < self.overhead <= seconds:
             more = seconds - self.overhead
-            self.drafting = refined(self.drafting, more, DEAREST * self.overhead / WIDEST)
+            usual = MAX_DRAFTING_SHARE * self.overhead / MAX_DEVIATION
+            self.drafting = update_average(self.drafting, more, usual)
         else:
-            self.overhead = refined(self.overhead, seconds, self.target.at(1))
+            self.overhead = update_average(self.overhead, seconds, self.target.at(1))
 
     def as_dict(self) -> dict[str, Any]:
         """Milliseconds, by name, as shown to people."""
@@ -183,7 +187,7 @@ class Costs:
             for name, curve in curves.items()
             if curve is not None
         }
-        return shown | {name: round(1000 * getattr(self, name), 3) for name in OUTSIDE}
+        return shown | {name: round(1000 * getattr(self, name), 3) for name in HOST_COSTS}
 
     def save(self, pool_path: str) -> Path:
         """Write `as_dict` beside a pool's file, in one go; returns where.
@@ -191,7 +195,7 @@ class Costs:
         Raises:
             OSError: it cannot be written.
         """
-        path = Path(f"{pool_path}{SUFFIX}").expanduser()
+        path = Path(f"{pool_path}{FILE_SUFFIX}").expanduser()
         fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         fresh.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
         fresh.replace(path)
@@ -211,11 +215,11 @@ def read_costs(path: Path) -> dict[str, Any]:
     return found
 
 
-def refined(known: float, seen: float, usual: float) -> float:
+def update_average(average: float, seen: float, usual: float) -> float:
     """An average with one more observation, be it seconds or a share.
 
-    The first one is all there is. Any may have waited for a compiler, so it is held against what is
-    known, or else what is usual.
+    The first one is all there is. Any may have waited for a compiler, so it is bounded by the
+    average so far, or else by what is usual.
     """
-    seen = min(max(seen, 0.0), WIDEST * (known or usual))
-    return known + MEMORY * (seen - known) if known else seen
+    seen = min(max(seen, 0.0), MAX_DEVIATION * (average or usual))
+    return average + OBSERVATION_WEIGHT * (seen - average) if average else seen

@@ -1,13 +1,13 @@
-"""How many tokens a second batches make, by size."""
+"""Throughput of batches by size: what a second is worth, in tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_ouroboros.policy.request_statistics import FORGET
+from vllm_ouroboros.policy.request_statistics import COUNT_DECAY
 
-TRUSTED = 8  # steps until the speed of a batch is known
+MIN_OBSERVED_STEPS = 8  # until the throughput of a batch is known
 
 
 class Step(NamedTuple):
@@ -17,12 +17,12 @@ class Step(NamedTuple):
     tokens: int  # emitted
     forwards: float  # seconds that the forwards of both models took
     decoding: bool  # whether no request was in its prompt
-    drafted: bool = False  # whether the draft model was asked
+    drafted: bool = False  # whether the draft model ran
 
 
 @dataclass
-class Speed:
-    """Tokens per second of batches of one size, of late."""
+class Throughput:
+    """Tokens per second of batches of one size, decayed by steps."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -30,11 +30,11 @@ class Speed:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """One step."""
-        self.tokens = FORGET * self.tokens + tokens
-        self.seconds = FORGET * self.seconds + seconds
+        self.tokens = COUNT_DECAY * self.tokens + tokens
+        self.seconds = COUNT_DECAY * self.seconds + seconds
         self.steps += 1
 
     @property
-    def value(self) -> float:
-        """The speed; 0 while unknown."""
-        return self.tokens / max(self.seconds, 1e-9) if self.steps >= TRUSTED else 0.0
+    def tokens_per_second(self) -> float:
+        """The throughput; 0 while unknown."""
+        return self.tokens / max(self.seconds, 1e-9) if self.steps >= MIN_OBSERVED_STEPS else 0.0

@@ -15,18 +15,17 @@ from vllm_ouroboros.phrases.insertion import insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.best_first import Ranked, grow_best
 from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask, walk
-from vllm_ouroboros.trees.lengthening import build_trees, learn
-from vllm_ouroboros.trees.node_kinds import KINDS
-from vllm_ouroboros.trees.request_state import BRANCHES, Requests
+from vllm_ouroboros.trees.learning import learn
+from vllm_ouroboros.trees.lengthening import build_trees
+from vllm_ouroboros.trees.node_kinds import NUM_KINDS
+from vllm_ouroboros.trees.request_state import BRANCHES, RequestState
 from vllm_ouroboros.trees.round_rows import Round, absorb_round, plan_branches, plan_round
 
-FEW = 4
+FEW_PHRASES = 4
 """Phrases of a round that carries few."""
-OTHERS = 3
-"""Tokens beside its own that the draft model may think of at a place of the chain."""
 
 
-class Width(IntEnum):
+class RoundWidth(IntEnum):
     """What a round of drafting carries beside the chain."""
 
     CHAIN = 0
@@ -59,40 +58,17 @@ class Drafting:
         self.pool, self.max_len, self.contexts = pool, max_len, contexts
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
-        self.state = Requests(
-            scope=np.zeros(size, np.int64),
-            known=np.zeros(size, np.int32),
-            cached=np.zeros(size, np.int32),
-            capacity=np.zeros(size, np.int32),
-            fed=np.zeros(size, np.int32),
-            limit=np.zeros(size, np.int32),
-            window=np.zeros((size, beta, window_size), np.int32),
-            levels=np.zeros(size, np.int32),
-            chain=np.zeros((size, budget), np.int32),
-            asked=np.zeros((size, budget), np.int32),
-            confidence=np.zeros((size, budget), np.float32),
-            others=np.full((size, budget, OTHERS), -1, np.int32),
-            odds=np.zeros((size, budget, OTHERS), np.float32),
-            chain_len=np.zeros(size, np.int32),
-            done=np.zeros(size, np.bool_),
-            narrow=np.zeros(size, np.bool_),
-            branches=np.full((size, len(BRANCHES), max(BRANCHES)), -1, np.int32),
-            follow=np.full((size, len(BRANCHES), max(BRANCHES)), -1, np.int32),
-            tokens=np.zeros((size, budget), np.int32),
-            parents=np.zeros((size, budget), np.int32),
-            sources=np.zeros((size, budget), np.int32),
-            size=np.zeros(size, np.int32),
-        )
+        self.state = RequestState.empty(size, budget, beta, window_size)
         self._free = list(range(size - 1, -1, -1))
 
-    def carried(self, width: Width) -> tuple[int, int]:
+    def carried(self, width: RoundWidth) -> tuple[int, int]:
         """Columns of the window and phrases of the pool that a round carries for a request."""
         columns, phrases = self.state.window.shape[2], self.pool.arrays.tokens.shape[1]
-        if width == Width.FULL:
+        if width == RoundWidth.FULL:
             return columns, phrases
-        return 0, min(FEW, phrases) if width == Width.PHRASES else 0
+        return 0, min(FEW_PHRASES, phrases) if width == RoundWidth.PHRASES else 0
 
-    def rows_of(self, width: Width) -> int:
+    def rows_of(self, width: RoundWidth) -> int:
         """Rows of a request in a round beside its chain, at most."""
         return sum(self.carried(width)) * self.state.window.shape[1]
 
@@ -105,7 +81,7 @@ class Drafting:
         """A slot for a new request, which shares phrases within ``scope`` (see `Scopes`)."""
         slot = self._free.pop()
         state = self.state
-        for array in (state.known, state.fed, state.levels):
+        for array in (state.committed, state.in_pool, state.window_levels):
             array[slot] = 0
         state.scope[slot] = scope
         self.reset(slot, 0)
@@ -123,29 +99,38 @@ class Drafting:
 
     def commit(self, slot: int, text, length: int, source: PhraseSource) -> None:
         """Feed the pool what was committed since the last call; ``text[:length]`` is all of it."""
-        fed = self.state.fed
+        fed = self.state.in_pool
         insert_text(
             self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
             self.contexts,
         )  # fmt: skip
         fed[slot] = length
 
-    def start(self, slot: int, known: int, limit: int, capacity: int, narrow: bool = False) -> None:
-        """Begin a draft of at most ``limit`` nodes after ``known`` committed tokens.
+    def start(
+        self, slot: int, committed: int, limit: int, kv_capacity: int, chain_only: bool = False
+    ) -> None:
+        """Begin a draft after ``committed`` tokens.
 
-        ``narrow`` keeps it a chain.
+        Args:
+            slot: of the request.
+            committed: tokens of its text.
+            limit: nodes of its tree, at most.
+            kv_capacity: positions that have a draft KV slot.
+            chain_only: keep the tree a chain.
         """
         state = self.state
-        state.known[slot] = known
-        state.cached[slot] = min(state.cached[slot], known - 1)
-        state.limit[slot] = min(limit, self.budget)
-        state.capacity[slot] = capacity
+        state.committed[slot] = committed
+        state.cached[slot] = min(state.cached[slot], committed - 1)
+        state.node_limit[slot] = min(limit, self.budget)
+        state.kv_capacity[slot] = kv_capacity
         state.chain_len[slot] = 0
-        state.done[slot] = state.limit[slot] <= 0
-        state.narrow[slot] = narrow
-        state.branches[slot] = state.follow[slot] = -1
+        state.done[slot] = state.node_limit[slot] <= 0
+        state.chain_only[slot] = chain_only
+        state.branches[slot] = state.branch_next[slot] = -1
 
-    def plan(self, slots, rows, token_ids, width: Width = Width.FULL) -> tuple[Round, int, int]:
+    def plan(
+        self, slots, rows, token_ids, width: RoundWidth = RoundWidth.FULL
+    ) -> tuple[Round, int, int]:
         """Rows of the next round.
 
         Args:
@@ -158,9 +143,10 @@ class Drafting:
             The round (its arrays may be longer than needed), the number of rows T, and the
             number M of rows whose prediction is needed.
         """
-        known = self.state.known[slots] + self.state.chain_len[slots] - self.state.cached[slots]
+        uncached = self.state.committed[slots] + self.state.chain_len[slots]
+        uncached -= self.state.cached[slots]
         columns, phrases = self.carried(width)
-        most = int(known.sum()) + len(slots) * self.rows_of(width)
+        most = int(uncached.sum()) + len(slots) * self.rows_of(width)
         out = _empty_round(most, len(slots), columns, phrases)
         total, wanted = plan_round(
             self.state, self.pool.arrays, slots, rows, token_ids, self.max_len, out
@@ -204,18 +190,19 @@ class Drafting:
         )
 
     def grow(
-        self, slots, rows, token_ids, rates, least: float, alone: bool = False
+        self, slots, rows, token_ids, rates, min_probability: float, without_draft: bool = False
     ) -> tuple[list[DraftTree], list[np.ndarray]]:
         """Make the trees of ``slots``, best nodes first; see `grow_best`.
 
         Returns:
-            The trees, and float64 [n] for each what its nodes promise.
+            The trees, and float64 [n] for each: probabilities of its nodes, descending.
         """
         ranked = Ranked(
             np.empty((len(slots), self.budget), np.int32), np.empty((len(slots), self.budget))
         )
         grow_best(
-            self.state, self.pool.arrays, slots, rows, token_ids, rates, least, self.stops, alone,
+            self.state, self.pool.arrays, slots, rows, token_ids, rates, min_probability,
+            self.stops, without_draft,
             ranked,
         )  # fmt: skip
         sizes = self.state.size[slots].tolist()
@@ -241,7 +228,7 @@ class Drafting:
                 break
             agreed += 1
         if state.chain_len[slot]:
-            state.cached[slot] = min(state.cached[slot], state.known[slot] + agreed)
+            state.cached[slot] = min(state.cached[slot], state.committed[slot] + agreed)
             state.chain_len[slot] = 0
 
 
@@ -255,7 +242,7 @@ def _empty_round(rows: int, requests: int, columns: int = 0, phrases: int = 0) -
         logits_rows=np.empty(rows, np.int64),
         query_start_loc=np.empty(requests + 1, np.int32),
         context_lens=np.empty(requests, np.int32),
-        num_known=np.empty(requests, np.int32),
+        num_uncached=np.empty(requests, np.int32),
         num_guesses=np.empty(requests, np.int32),
         columns=columns,
         phrases=phrases,
@@ -278,7 +265,7 @@ def warm_up() -> None:
     depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
     drafting.absorb(slots, out, np.ones(total, np.int64))
     drafting.plan_branches(slots)
-    drafting.grow(slots, slots, text, np.ones((1, KINDS)), 0.5)
+    drafting.grow(slots, slots, text, np.ones((1, NUM_KINDS)), 0.5)
     drafting.build(slots, slots, text)
     tree = drafting.tree(slot)
     size = len(tree.tokens)

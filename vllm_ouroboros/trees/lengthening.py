@@ -1,4 +1,4 @@
-"""From chains and phrases to trees, and from verified trees back to phrases (compiled)."""
+"""Phrase lengthening: fixed trees of a chain, its suffixes and phrases at the root (compiled)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.eviction import find
-from vllm_ouroboros.phrases.insertion import insert
-from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, child_of, grow
+from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, grow
 
 _DRAFT = int(NodeSource.DRAFT)
 _SUFFIX = int(NodeSource.SUFFIX)
 _WINDOW = int(PhraseSource.WINDOW)
-_VERIFICATION = int(PhraseSource.VERIFICATION)
 
 
 @njit(cache=True)
@@ -25,7 +23,7 @@ def _is_stop(token, stops):
 
 
 @njit(cache=True)
-def _until(pool, slot, g, stops):
+def _phrase_end(pool, slot, g, stops):
     """Length of a phrase up to the token that ends the text, that one included."""
     for i in range(pool.lengths[slot, g]):
         if _is_stop(pool.tokens[slot, g, i], stops):
@@ -36,7 +34,7 @@ def _until(pool, slot, g, stops):
 @njit(cache=True)
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
     """Fill the trees: the chain with its branches, up to K suffixes at its end, phrases at the root
-    with the rest. A request that is `narrow` gets a chain: its own with the best suffix.
+    with the rest. A request that is `chain_only` gets a chain: its own with the best suffix.
 
     Phrases that stood in text or that the target confirmed come before guesses of the window, at
     either place.
@@ -48,15 +46,16 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
     for r in range(slots.shape[0]):
         s = slots[r]
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
-        limit, scope = req.limit[s], req.scope[s]
-        root = token_ids[rows[r], req.known[s] - 1]
+        limit, scope = req.node_limit[s], req.scope[s]
+        root = token_ids[rows[r], req.committed[s] - 1]
         size, end = grow(
             tokens, parents, sources, 0, limit, ROOT, req.chain[s], 0, req.chain_len[s], _DRAFT
         )
         for place in range(min(size, req.branches.shape[1] - 1) + 1):
             for rank in range(req.branches.shape[2]):
                 if req.branches[s, place, rank] >= 0:
-                    branch[0], branch[1] = req.branches[s, place, rank], req.follow[s, place, rank]
+                    branch[0] = req.branches[s, place, rank]
+                    branch[1] = req.branch_next[s, place, rank]
                     length = 1 if branch[1] < 0 or _is_stop(branch[0], stops) else 2
                     size, _ = grow(
                         tokens, parents, sources, size, limit,
@@ -70,7 +69,7 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
             before = size
             size, end = grow(
                 tokens, parents, sources, size, limit,
-                end, pool.tokens[slot, 0], 0, _until(pool, slot, 0, stops), _SUFFIX,
+                end, pool.tokens[slot, 0], 0, _phrase_end(pool, slot, 0, stops), _SUFFIX,
             )  # fmt: skip
             if size == before:
                 break
@@ -82,7 +81,7 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
                 if num_suffixes == 0 or slot < 0 or (at == end and ended):
                     continue
                 count = pool.counts[slot]
-                if req.narrow[s]:
+                if req.chain_only[s]:
                     count = min(count, 1) if at == end == size - 1 else 0
                 elif at == end:
                     count = min(count, num_suffixes)
@@ -90,61 +89,6 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
                     if (pool.sources[slot, g] == _WINDOW) == guessed:
                         size, _ = grow(
                             tokens, parents, sources, size, limit,
-                            at, pool.tokens[slot, g], 0, _until(pool, slot, g, stops), _SUFFIX,
+                            at, pool.tokens[slot, g], 0, _phrase_end(pool, slot, g, stops), _SUFFIX,
                         )  # fmt: skip
         req.size[s] = size
-
-
-@njit(cache=True)
-def learn(pool, scope, root, tokens, parents, sources, size, predicted):
-    """Turn a verified tree into phrases; ``predicted`` [size + 1] is the target's token per row.
-
-    Along the draft: the target's continuation of a node, as far as the draft agrees with it.
-    Below a node that phrases of the pool were tried at: the phrase as the target corrects it, or
-    confirms it, becomes the first. One that was wrong here stays behind until it is pushed out: it
-    may be right elsewhere (dropping it costs 2 % of the tokens a step on code).
-    """
-    beta = pool.tokens.shape[2]
-    phrase = np.empty(beta, np.int32)
-    tried = np.zeros(size + 1, np.bool_)  # rows below which a phrase of the pool was tried
-    for node in range(size):
-        if sources[node] == _SUFFIX:
-            tried[parents[node] + 1] = True
-    for node in range(size):
-        if sources[node] == _DRAFT:
-            length = 0
-            at = node
-            while length < beta:
-                phrase[length] = predicted[at + 1]
-                length += 1
-                at = child_of(tokens, parents, size, at, phrase[length - 1])
-                if at < 0:
-                    break
-            if length > 1:
-                insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION, 1)
-    for node in range(-1, size):
-        if tried[node + 1]:
-            key = tokens[node] if node >= 0 else root
-            _correct(pool, scope, key, node, tokens, parents, size, predicted)
-
-
-@njit(cache=True)
-def _correct(pool, scope, key, start, tokens, parents, size, predicted):
-    """Compare the phrases of ``key`` that the tree holds below ``start`` with the target."""
-    slot = find(pool, scope, key)
-    if slot < 0:
-        return
-    count = pool.counts[slot]
-    phrases, lengths = pool.tokens[slot, :count].copy(), pool.lengths[slot, :count].copy()
-    corrected = np.empty(pool.tokens.shape[2], np.int32)
-    for g in range(count - 1, -1, -1):  # backwards: each becomes the first, the best at last
-        node = start
-        held = 0
-        for i in range(lengths[g]):
-            child = child_of(tokens, parents, size, node, phrases[g, i])
-            if child < 0:
-                break
-            corrected[i] = predicted[node + 1]
-            held += 1
-            node = child
-        insert(pool, scope, key, corrected, 0, held, _VERIFICATION, 0)

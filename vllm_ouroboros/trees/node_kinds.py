@@ -1,4 +1,8 @@
-"""Kinds of nodes: what speaks for a node's token."""
+"""Kinds of nodes: what the draft model and the phrase pool say for a node's token.
+
+A kind is a grade (the draft model's probability, in classes) and an evidence (what the pool says).
+The policy estimates an acceptance rate for each kind.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +11,49 @@ from enum import IntEnum
 import numpy as np
 from numba import njit
 
-EDGES = np.array([0.06, 0.14, 0.28, 0.45, 0.62, 0.78, 0.92], np.float32)
-"""Bounds between the draft model's grades: its probability of a token, those before it being
-wrong."""
-UNLIKELY, BEYOND, ALONE = range(len(EDGES) + 1, len(EDGES) + 4)
-"""Grades of a token that is none of the draft model's first ones, that stands where the draft model
-was not asked, and that stands in a tree without any draft."""
-GRADES = ALONE + 1
+GRADE_BOUNDS = np.array([0.06, 0.14, 0.28, 0.45, 0.62, 0.78, 0.92], np.float32)
+"""Bounds between the draft model's grades: its probability of a token, given that the siblings
+before it are wrong."""
+NOT_IN_TOP_K, BEYOND_CHAIN, WITHOUT_DRAFT = range(len(GRADE_BOUNDS) + 1, len(GRADE_BOUNDS) + 4)
+"""Grades of a token that is none of the draft model's top-k alternatives, that stands behind the
+end of the chain, and that stands in a tree without any draft."""
+NUM_GRADES = WITHOUT_DRAFT + 1
 
 
 class Evidence(IntEnum):
-    """What the pool says for a token; what it counted behind the tokens before it comes after these
-    (see `SHARES`)."""
+    """What the pool says for a token; from `COUNTED` on, one class for each of `SHARE_BOUNDS`."""
 
     NONE = 0  # nothing at all
-    GUESS = 1  # a phrase of the Jacobi window begins with it
-    GUESS_GOES_ON = 2  # it continues one whose tokens before it are on the path
-    SAID = 3  # the target said so where a draft went wrong
-    GOES_ON = 4  # it continues a phrase of text
-    COUNTED = 5  # with the least share
+    WINDOW_GUESS = 1  # a phrase of the Jacobi window begins with it
+    CONTINUES_GUESS = 2  # it continues such a phrase, whose tokens before it are on the path
+    CORRECTION = 3  # the target chose it where a draft was rejected
+    CONTINUES_PHRASE = 4  # it continues a phrase of text
+    COUNTED = 5  # it was counted behind the tokens before it; the smallest share
 
 
-START = 0.3
-"""Share of a token where nothing was counted."""
-OTHERWISE = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""Times that the share by shorter contexts weighs against what was counted behind one of
-`CONTEXTS`: the share of a token is its part of what was counted, smoothed from context to context
-(the Dirichlet prior of hierarchical language models)."""
-COUNTS = 3.0  # times that what was counted behind a context weighs, at most
-SHARES = 1 / (1 + np.exp(-np.array(
+BASE_SHARE = 0.3
+"""Share of a token that was not counted behind any context."""
+BACKOFF_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Pseudo-counts of the share by shorter contexts, for each of `CONTEXTS`: a token's share is its
+part of what was counted behind a context, smoothed with that of the next shorter context (the
+Dirichlet prior of hierarchical language models)."""
+MAX_COUNT_WEIGHT = 3.0
+"""Observations that the counts behind one context weigh, at most. It and `BACKOFF_WEIGHTS` were
+tuned on traces of the shipped pair (64 HumanEval prompts, batch 8) by scripts/simulate."""
+SHARE_BOUNDS = 1 / (1 + np.exp(-np.array(
     [-3.0, -2.0, -1.3, -0.7, -0.2, 0.3, 0.8, 1.3, 1.8, 2.4, 3.0, 3.7, 4.5, 5.5]
 )))  # fmt: skip
-"""Bounds between classes of shares."""
-EVIDENCES = int(Evidence.COUNTED) + len(SHARES) + 1
-KINDS = GRADES * EVIDENCES
+"""Bounds between classes of shares, evenly spread in log-odds."""
+NUM_EVIDENCES = int(Evidence.COUNTED) + len(SHARE_BOUNDS) + 1
+NUM_KINDS = NUM_GRADES * NUM_EVIDENCES
 
 
 @njit(cache=True)
 def grade(probability):
     """Grade of a token by the draft model's probability."""
     found = 0
-    for edge in EDGES:
-        if probability >= edge:
+    for bound in GRADE_BOUNDS:
+        if probability >= bound:
             found += 1
     return found
 
@@ -56,4 +61,4 @@ def grade(probability):
 @njit(cache=True)
 def kind_of(grade, evidence):
     """Kind of a node."""
-    return grade * EVIDENCES + evidence
+    return grade * NUM_EVIDENCES + evidence

@@ -6,33 +6,63 @@ from typing import NamedTuple
 
 import numpy as np
 
+BRANCHES = (3, 3, 2, 1)
+"""Branches beside the chain that a request which samples may have, by their place in the chain."""
+NUM_ALTERNATIVES = 3
+"""A, top-k alternatives of the draft model that are kept at each place of the chain."""
 
-class Requests(NamedTuple):
+
+class RequestState(NamedTuple):
     """State of S requests; B is the node budget, β and W the window's levels and columns."""
 
     scope: np.ndarray  # int64 [S], phrases are shared within a scope
-    known: np.ndarray  # int32 [S], committed tokens n
+    committed: np.ndarray  # int32 [S], tokens n of the text
     cached: np.ndarray  # int32 [S], tokens whose draft KV is valid
-    capacity: np.ndarray  # int32 [S], positions that have a KV slot
-    fed: np.ndarray  # int32 [S], tokens of the text that the pool was fed
-    limit: np.ndarray  # int32 [S], nodes that this step may draft
+    kv_capacity: np.ndarray  # int32 [S], positions that have a draft KV slot
+    in_pool: np.ndarray  # int32 [S], tokens of the text that were inserted into the pool
+    node_limit: np.ndarray  # int32 [S], nodes that this step may draft
     window: np.ndarray  # int32 [S, β, W]
-    levels: np.ndarray  # int32 [S], filled levels of the window, 0 before the first round
+    window_levels: np.ndarray  # int32 [S], filled levels of the window, 0 before the first round
     chain: np.ndarray  # int32 [S, B]
-    asked: np.ndarray  # int32 [S, B], row of its round that predicted each chain token
+    predicted_row: np.ndarray  # int32 [S, B], row of its round that predicted each chain token
     confidence: np.ndarray  # float32 [S, B], the draft model's probability of each chain token
-    others: np.ndarray  # int32 [S, B, A], its next best tokens at each place, or -1
-    odds: np.ndarray  # float32 [S, B, A], its probabilities of them
+    alternatives: np.ndarray  # int32 [S, B, A], its top-k alternatives at each place, or -1
+    alternative_probs: np.ndarray  # float32 [S, B, A], its probabilities of them
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
-    narrow: np.ndarray  # bool [S], the tree must be a chain
+    chain_only: np.ndarray  # bool [S], the tree must be a chain
     branches: np.ndarray  # int32 [S, D, M], at each place of the chain the next in line, or -1
-    follow: np.ndarray  # int32 [S, D, M], the token after each of them, or -1
+    branch_next: np.ndarray  # int32 [S, D, M], the token after each of them, or -1
     tokens: np.ndarray  # int32 [S, B], the tree: see DraftTree
     parents: np.ndarray  # int32 [S, B]
     sources: np.ndarray  # int32 [S, B]
     size: np.ndarray  # int32 [S]
 
-
-BRANCHES = (3, 3, 2, 1)
-"""Branches beside the chain that a request which samples may have, by their place in the chain."""
+    @classmethod
+    def empty(cls, slots: int, budget: int, phrase_len: int, window_size: int) -> RequestState:
+        """State of S slots, all free."""
+        branches = (slots, len(BRANCHES), max(BRANCHES))
+        return cls(
+            scope=np.zeros(slots, np.int64),
+            committed=np.zeros(slots, np.int32),
+            cached=np.zeros(slots, np.int32),
+            kv_capacity=np.zeros(slots, np.int32),
+            in_pool=np.zeros(slots, np.int32),
+            node_limit=np.zeros(slots, np.int32),
+            window=np.zeros((slots, phrase_len, window_size), np.int32),
+            window_levels=np.zeros(slots, np.int32),
+            chain=np.zeros((slots, budget), np.int32),
+            predicted_row=np.zeros((slots, budget), np.int32),
+            confidence=np.zeros((slots, budget), np.float32),
+            alternatives=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
+            alternative_probs=np.zeros((slots, budget, NUM_ALTERNATIVES), np.float32),
+            chain_len=np.zeros(slots, np.int32),
+            done=np.zeros(slots, np.bool_),
+            chain_only=np.zeros(slots, np.bool_),
+            branches=np.full(branches, -1, np.int32),
+            branch_next=np.full(branches, -1, np.int32),
+            tokens=np.zeros((slots, budget), np.int32),
+            parents=np.zeros((slots, budget), np.int32),
+            sources=np.zeros((slots, budget), np.int32),
+            size=np.zeros(slots, np.int32),
+        )

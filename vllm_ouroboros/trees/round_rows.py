@@ -1,9 +1,9 @@
-"""The rounds of drafting, compiled: which rows a draft forward carries, what its answers mean.
+"""The rows of a draft forward, and what its predictions mean (compiled).
 
 In each round every request that still drafts carries, in one masked batch of rows (section 3 of
 the paper):
 
-* *known* rows: tokens that the draft model's KV cache lacks; the last is the current token;
+* *uncached* rows: tokens that the draft model's KV cache lacks; the last is the current token;
 * *guess* rows: the pool's phrases of the current token, merged into a tree;
 * *window* rows: the Jacobi window of lookahead decoding, L levels of W columns. Column 0 starts at
   the current token, so level 0 has W - 1 rows; cell (l, j) continues (l - 1, j), and (0, j)
@@ -40,7 +40,7 @@ class Round(NamedTuple):
     logits_rows: np.ndarray  # int64 [T], rows whose prediction is needed (first M are valid)
     query_start_loc: np.ndarray  # int32 [R + 1]
     context_lens: np.ndarray  # int32 [R], tokens in the KV cache before the step
-    num_known: np.ndarray  # int32 [R]
+    num_uncached: np.ndarray  # int32 [R]
     num_guesses: np.ndarray  # int32 [R]
     columns: int  # of the window: W or 0
     phrases: int  # of the pool that a request guesses with, at most
@@ -48,7 +48,7 @@ class Round(NamedTuple):
 
 @njit(cache=True)
 def plan_round(req, pool, slots, rows, token_ids, max_len, out):
-    """Lay out the rows of a round; returns (T, M)."""
+    """Lay out the rows of a round in ``out``; returns T and M, see `Round`."""
     beta, columns = req.window.shape[1], out.columns
     total = 0
     wanted = 0
@@ -58,19 +58,19 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
         first = total
         out.query_start_loc[r] = first
         out.context_lens[r] = req.cached[s]
-        length = req.known[s] + req.chain_len[s]
-        known = length - req.cached[s]
-        out.num_known[r] = known
-        for i in range(known):
+        length = req.committed[s] + req.chain_len[s]
+        uncached = length - req.cached[s]
+        out.num_uncached[r] = uncached
+        for i in range(uncached):
             p = req.cached[s] + i
             out.tokens[first + i] = (
-                token_ids[b, p] if p < req.known[s] else req.chain[s, p - req.known[s]]
+                token_ids[b, p] if p < req.committed[s] else req.chain[s, p - req.committed[s]]
             )
             out.parents[first + i] = i - 1
             out.positions[first + i] = p
-            out.writes[first + i] = p if p < req.capacity[s] else -1
-        current = known - 1
-        g0 = first + known
+            out.writes[first + i] = p if p < req.kv_capacity[s] else -1
+        current = uncached - 1
+        g0 = first + uncached
         slot = find(pool, req.scope[s], out.tokens[first + current])
         guesses = 0
         if slot >= 0:
@@ -82,7 +82,7 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
                 )  # fmt: skip
         out.num_guesses[r] = guesses
         for i in range(guesses):
-            parent = out.guesses[g0 + i] + known if out.guesses[g0 + i] >= 0 else current
+            parent = out.guesses[g0 + i] + uncached if out.guesses[g0 + i] >= 0 else current
             out.parents[g0 + i] = parent
             out.positions[g0 + i] = out.positions[first + parent] + 1
             out.writes[g0 + i] = -1
@@ -91,26 +91,26 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
             wanted += 1
         row = g0 + guesses
         if columns > 0:
-            if req.levels[s] == 0:
-                start = max(0, req.known[s] - columns)
+            if req.window_levels[s] == 0:
+                start = max(0, req.committed[s] - columns)
                 for j in range(columns):
-                    req.window[s, 0, j] = token_ids[b, start + j % (req.known[s] - start)]
-                req.levels[s] = 1
-            for level in range(req.levels[s]):
+                    req.window[s, 0, j] = token_ids[b, start + j % (req.committed[s] - start)]
+                req.window_levels[s] = 1
+            for level in range(req.window_levels[s]):
                 for j in range(columns):
                     if level == 0 and j == 0:
                         continue
                     if level == 0:
                         parent = current if j == 1 else row - first - 1
                     elif level == 1:
-                        parent = current if j == 0 else known + guesses + j - 1
+                        parent = current if j == 0 else uncached + guesses + j - 1
                     else:
                         parent = row - first - columns
                     out.tokens[row] = req.window[s, level, j]
                     out.parents[row] = parent
                     out.positions[row] = out.positions[first + parent] + 1
                     out.writes[row] = -1
-                    if level == req.levels[s] - 1:
+                    if level == req.window_levels[s] - 1:
                         out.logits_rows[wanted] = row
                         wanted += 1
                     row += 1
@@ -134,12 +134,12 @@ def plan_branches(req, slots, out, which):
         s = slots[r]
         first = row
         out.query_start_loc[r] = first
-        out.context_lens[r] = req.known[s]
+        out.context_lens[r] = req.committed[s]
         depth = min(req.chain_len[s], req.branches.shape[1] - 1)
         for i in range(depth):
             out.tokens[row] = req.chain[s, i]
             out.parents[row] = i - 1
-            out.positions[row] = req.known[s] + i
+            out.positions[row] = req.committed[s] + i
             row += 1
         for place in range(depth + 1):
             for rank in range(req.branches.shape[2]):
@@ -147,7 +147,7 @@ def plan_branches(req, slots, out, which):
                     continue
                 out.tokens[row] = req.branches[s, place, rank]
                 out.parents[row] = place - 1
-                out.positions[row] = req.known[s] + place
+                out.positions[row] = req.committed[s] + place
                 out.logits_rows[wanted] = row
                 which[wanted, 0] = r
                 which[wanted, 1] = place
@@ -164,12 +164,12 @@ def _extend(req, s, token, row, stops):
     if req.done[s]:
         return False
     req.chain[s, req.chain_len[s]] = token
-    req.asked[s, req.chain_len[s]] = row
+    req.predicted_row[s, req.chain_len[s]] = row
     req.chain_len[s] += 1
     for stop in stops:
         if token == stop:
             req.done[s] = True
-    if req.chain_len[s] >= req.limit[s]:
+    if req.chain_len[s] >= req.node_limit[s]:
         req.done[s] = True
     return True
 
@@ -178,8 +178,8 @@ def _extend(req, s, token, row, stops):
 def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
     """Extend the chains by the predictions of a round, and take phrases from the window.
 
-    Tokens of accepted guess rows get their KV as known rows of the next forward: a row more there
-    is cheaper than moving entries layer by layer.
+    Tokens of accepted guess rows get their KV as uncached rows of the next forward: a row more
+    there is cheaper than moving entries layer by layer.
     """
     beta, columns = req.window.shape[1], out.columns
     path = np.empty(pool.tokens.shape[1] * beta + 1, np.int32)
@@ -188,12 +188,12 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
     for r in range(slots.shape[0]):
         s = slots[r]
         first = out.query_start_loc[r]
-        current = first + out.num_known[r] - 1
+        current = first + out.num_uncached[r] - 1
         g0 = current + 1
         accepted = walk(
             out.tokens[g0:], out.guesses[g0:], out.num_guesses[r], predicted[current:], path
         )
-        req.cached[s] = min(req.known[s] + req.chain_len[s], req.capacity[s])
+        req.cached[s] = min(req.committed[s] + req.chain_len[s], req.kv_capacity[s])
         node = ROOT
         for i in range(accepted):
             if not _extend(req, s, out.tokens[g0 + path[i]], current + 1 + node, stops):
@@ -203,7 +203,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
         if req.chain_len[s] >= draft_tokens:
             req.done[s] = True
 
-        levels = req.levels[s]
+        levels = req.window_levels[s]
         if levels == 0 or columns == 0:
             continue
         tail = out.query_start_loc[r + 1]
@@ -214,7 +214,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
                 fresh[j] = predicted[tail - columns + j]
         if levels < beta:
             req.window[s, levels] = fresh
-            req.levels[s] = levels + 1
+            req.window_levels[s] = levels + 1
             continue
         for j in range(columns):
             for level in range(1, beta):

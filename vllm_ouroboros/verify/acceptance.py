@@ -18,7 +18,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, child_of, walk
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 
 class Verified(NamedTuple):
@@ -42,7 +42,7 @@ def verify(
     logits: torch.Tensor,
     rows: np.ndarray,
     trees: list[DraftTree | None],
-    requests: list[Sampled],
+    requests: list[RequestSampling],
     unfinished: set[int],
     live: SamplingMetadata,
 ) -> tuple[list[Verified | None], SamplerOutput]:
@@ -70,7 +70,7 @@ def verify(
         for r, tree in enumerate(trees):
             if tree is not None:
                 own = predicted[rows[r] : rows[r] + 1 + len(tree.tokens)]
-                plain = requests[r].plain
+                plain = requests[r].argmax_only
                 path = _plain_path(tree, own, requests[r].stops) if plain else _no_path()
                 if len(path):
                     first[r] += 1 + path[-1]
@@ -84,7 +84,9 @@ def verify(
     )
     waves: list[tuple[list[int], SamplerOutput]] = [([*range(len(trees))], output)]
     paths: dict[int, list[int]] = {
-        r: [] for r, found in enumerate(verified) if found is not None and not requests[r].plain
+        r: []
+        for r, found in enumerate(verified)
+        if found is not None and not requests[r].argmax_only
     }
     going: list[int] = [*paths]
     while going:
@@ -123,7 +125,7 @@ def _descend(
     going: list[int],
     verified: list[Verified | None],
     paths: dict[int, list[int]],
-    requests: list[Sampled],
+    requests: list[RequestSampling],
 ) -> list[int]:
     """Accept the children that a wave chose; the requests that go on."""
     tokens = dict(zip(wave[0], wave[1].sampled_token_ids[:, 0].tolist(), strict=True))

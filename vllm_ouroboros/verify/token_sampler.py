@@ -42,27 +42,28 @@ _PROCESSED = ("min_p", "logit_bias", "min_tokens")
 
 
 @dataclass
-class Sampled:
+class RequestSampling:
     """How the tokens of one request are chosen.
 
     Attributes:
         state: vLLM's view of the request: parameters, prompt and output tokens.
         stops: ids after which the text ends.
         generator: source of noise, or None for a greedy request.
-        plain: whether a choice is the argmax of its row's logits, and nothing else is asked for.
-        processed: whether logits processors may act on its rows.
+        argmax_only: whether a choice is the argmax of its row's logits, and nothing else is asked
+            for.
+        has_processors: whether logits processors may act on its rows.
     """
 
     state: CachedRequestState
     stops: frozenset[int] = frozenset()
     generator: torch.Generator | None = None
-    plain: bool = False
-    processed: bool = False
+    argmax_only: bool = False
+    has_processors: bool = False
 
     @classmethod
     def of(
         cls, state: CachedRequestState, eos: frozenset[int], custom: bool, device: torch.device
-    ) -> Sampled:
+    ) -> RequestSampling:
         """Read a request's parameters; ``custom`` when the engine has custom processors.
 
         Takes the seeded generator that vLLM made out of ``state``, so that nobody else draws from
@@ -81,18 +82,30 @@ class Sampled:
             state,
             stops,
             generator if params.temperature >= _EPS else None,
-            plain=not custom and is_plain(params),
-            processed=custom or any(getattr(params, name) for name in _PROCESSED),
+            argmax_only=not custom and is_argmax_only(params),
+            has_processors=custom or any(getattr(params, name) for name in _PROCESSED),
         )
 
-    def ahead(self) -> Sampled:
+    def with_noise_copy(self) -> RequestSampling:
         """The same request for drafting: a copy of its noise, which the draft may use up."""
         if self.generator is None:
             return self
         return replace(self, generator=self.generator.clone_state())
 
 
-def is_plain(params: SamplingParams) -> bool:
+def eos_token_ids(vllm_config: VllmConfig) -> frozenset[int]:
+    """Ids that end a text, from the generation config and the model config."""
+    ids: set[int] = set()
+    for source in (
+        vllm_config.model_config.try_get_generation_config(),
+        vllm_config.model_config.hf_text_config.to_dict(),
+    ):
+        value = source.get("eos_token_id")
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)
+
+
+def is_argmax_only(params: SamplingParams) -> bool:
     """Whether the target's choice at a row is the argmax of its logits, without logprobs.
 
     A grammar's mask is in the logits already when sampling begins.
@@ -167,7 +180,7 @@ class TokenSampler:
         logits: torch.Tensor,
         live: SamplingMetadata,
         rows: list[int],
-        requests: list[Sampled],
+        requests: list[RequestSampling],
         paths: list[list[int]],
         logprobs: bool = True,
     ) -> SamplerOutput:
@@ -214,9 +227,11 @@ class TokenSampler:
         )
         return self.sampler(logits, metadata)
 
-    def _processors(self, requests: list[Sampled], paths: list[list[int]]) -> LogitsProcessors:
+    def _processors(
+        self, requests: list[RequestSampling], paths: list[list[int]]
+    ) -> LogitsProcessors:
         """The logits processors, told about these rows; an empty set if none acts on them."""
-        if not any(request.processed for request in requests):
+        if not any(request.has_processors for request in requests):
             return LogitsProcessors()
         size = len(requests)
         added = [

@@ -29,7 +29,7 @@ from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 from vllm_ouroboros.integration import compat
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPUWorker
 from vllm_ouroboros.integration.cuda_worker import OuroborosCUDARunner
-from vllm_ouroboros.integration.worker import take_place_of
+from vllm_ouroboros.integration.worker import replace_backend
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
@@ -140,7 +140,7 @@ class Worker(OuroborosCPUWorker):
     """The CPU worker with that runner."""
 
     def init_device(self) -> None:
-        take_place_of(AttentionBackendEnum.CPU_ATTN, f"{__name__}.Backend")
+        replace_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.Backend")
         original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, Runner
         try:
             super(OuroborosCPUWorker, self).init_device()

@@ -24,9 +24,9 @@ import vllm_ouroboros
 
 job = json.load(sys.stdin)
 llm = LLM(**job["engine"])
-from vllm_ouroboros.policy.forward_costs import Costs, Curve
+from vllm_ouroboros.policy.forward_costs import Costs, CostCurve
 
-class Known(Curve):
+class Known(CostCurve):
     def observe(self, rows, seconds):
         pass
 

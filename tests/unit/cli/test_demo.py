@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import Result
@@ -12,6 +13,7 @@ from vllm_ouroboros.cli import inputs
 from vllm_ouroboros.cli.demo import job as demo_job
 from vllm_ouroboros.cli.demo import run as demo
 from vllm_ouroboros.cli.demo.engine import EngineResult, Generation
+from vllm_ouroboros.cli.demo.picture import middle
 from vllm_ouroboros.cli.demo.report import Comparison
 from vllm_ouroboros.cli.inputs import InputError
 
@@ -107,6 +109,31 @@ def test_demo_different(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     assert result.exit_code == 1
     assert "DIFFERENT in 1 of 2" in result.output
     assert "Ouroboros, pass 0: token 2 is [9], vanilla's first pass has [3]" in result.output
+
+
+def test_a_picture_shows_texts_and_totals(
+    monkeypatch: pytest.MonkeyPatch, model: str, tmp_path: Path
+) -> None:
+    ours, file = [[1, 2, 3, 4, 5, 6], [7, 8] * 20], tmp_path / "demo.svg"
+    result = run_demo(monkeypatch, model, ours, "--svg", str(file))
+    assert result.exit_code == 0
+    assert f"Picture: {file}" in result.output.replace("\n", "")
+    root = ElementTree.fromstring(file.read_text())
+    shown = "".join(root.itertext()).replace("\xa0", " ")
+    for part in ("prompt 1", "target 2", "suffix phrase 2", "identical", "tokens/s", "Greedy"):
+        assert part in shown
+    result = run_demo(monkeypatch, model, ours, "--svg", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"--svg {tmp_path}: is a folder" in result.output
+
+
+def test_a_picture_shows_neither_the_best_nor_the_worst() -> None:
+    rows = [
+        Comparison(str(i), "p", generation([1], 1.0), generation([1], seconds))
+        for i, seconds in enumerate((0.1, 0.5, 0.2, 9.0, 0.4))
+    ]
+    assert [row.id for row in middle(rows)] == ["1", "2", "4"]
+    assert [row.id for row in middle(rows[:2])] == ["0", "1"]
 
 
 def test_a_difference_in_any_pass_counts() -> None:

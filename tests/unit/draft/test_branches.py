@@ -18,7 +18,7 @@ from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.trees.request_state import BRANCHES
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
 
 from ..helpers.fakes import ancestors, engine_config, input_batch, node_paths, request_state
 
@@ -40,7 +40,7 @@ def branched(drafting: Drafting, chain: list[int], branches: dict) -> int:
     state.chain[slot, : len(chain)], state.chain_len[slot] = chain, len(chain)
     for (place, rank), (token, follow) in branches.items():
         state.branches[slot, place, rank] = token
-        state.follow[slot, place, rank] = follow
+        state.branch_next[slot, place, rank] = follow
     return slot
 
 
@@ -145,7 +145,7 @@ def test_drafting_by_noise(seed, changes) -> None:
     params = SamplingParams(**{"temperature": 0.9, "seed": seed, "max_tokens": 40, **changes})
     runner, state = runner_of(params)
     live = runner.input_batch.sampling_metadata
-    request = Sampled.of(state, frozenset(), False, torch.device("cpu"))
+    request = RequestSampling.of(state, frozenset(), False, torch.device("cpu"))
     config = engine_config(max_num_seqs=4)  # fewer than there are branches
     processors = build_processors(config, torch.device("cpu"))
     sampler, model = TokenSampler(Sampler(), processors), Model(seed)
@@ -155,7 +155,7 @@ def test_drafting_by_noise(seed, changes) -> None:
     slot = drafting.add()
     slots, rows = np.array([slot]), np.zeros(1, np.int64)
     drafting.start(slot, len(TEXT), 26, 64)
-    sampling = DraftSampling(sampler, runner, drafting, {slot: request.ahead()})
+    sampling = DraftSampling(sampler, runner, drafting, {slot: request.with_noise_copy()})
     while not drafting.state.done[slot]:
         out, total, wanted = drafting.plan(slots, rows, text)
         start = int(out.context_lens[0])
@@ -170,9 +170,9 @@ def test_drafting_by_noise(seed, changes) -> None:
         sampling.choose(slots, rows, out, logits, predicted)
         drafting.absorb(slots, out, predicted)
 
-    noise, chain, places = request.ahead(), [], []
+    noise, chain, places = request.with_noise_copy(), [], []
     while len(chain) < int(drafting.state.chain_len[slot]):
-        places.append(noise.ahead())
+        places.append(noise.with_noise_copy())
         chain.append(one(sampler, live, noise, chain, model([*TEXT, *chain])))
     assert drafting.state.chain[slot, : len(chain)].tolist() == chain
     assert torch.equal(request.generator.get_state(), places[0].generator.get_state())
@@ -182,7 +182,7 @@ def test_drafting_by_noise(seed, changes) -> None:
         logits, gone = model([*TEXT, *chain[:place]]), [chain[place]]
         for rank in range(most):
             logits[gone] = float("-inf")
-            gone.append(one(sampler, live, places[place].ahead(), chain[:place], logits))
+            gone.append(one(sampler, live, places[place].with_noise_copy(), chain[:place], logits))
             assert branches[place, rank] == gone[-1]
         assert (branches[place, most:] == -1).all()
 
@@ -193,16 +193,16 @@ def test_drafting_by_noise(seed, changes) -> None:
     sampling.follow(slots, rows, which, logits.clone())
     places.append(noise)
     for (_, place, rank), path, row in zip(which.tolist(), paths, logits, strict=True):
-        expected = one(sampler, live, places[place + 1].ahead(), path, row)
-        assert drafting.state.follow[slot, place, rank] == expected
+        expected = one(sampler, live, places[place + 1].with_noise_copy(), path, row)
+        assert drafting.state.branch_next[slot, place, rank] == expected
 
 
 def test_a_chain_for_a_grammar_has_no_branches() -> None:
     runner, state = runner_of(SamplingParams(temperature=0.9, seed=1))
-    request = Sampled.of(state, frozenset(), False, torch.device("cpu"))
+    request = RequestSampling.of(state, frozenset(), False, torch.device("cpu"))
     drafting, text = make_drafting(), np.array([TEXT], np.int32)
     slots, rows = np.array([drafting.add()]), np.zeros(1, np.int64)
-    drafting.start(slots[0], len(TEXT), 26, 64, narrow=True)
+    drafting.start(slots[0], len(TEXT), 26, 64, chain_only=True)
     sampling = DraftSampling(
         TokenSampler(Sampler(), LogitsProcessors()), runner, drafting, {int(slots[0]): request}
     )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_ouroboros.draft.kv_cache import Behind, DraftCache
+from vllm_ouroboros.draft.kv_cache import CatchUp, DraftCache
 
 SIZE = 4
 
@@ -40,12 +40,12 @@ class Batch:
         """The target wrote these positions of each row."""
         self.runner.input_batch.num_computed_tokens_cpu = np.array([start for start, _ in ranges])
         self.runner.scheduled_tokens = {str(r): e - s for r, (s, e) in enumerate(ranges)}
-        self.cache.renew(self.runner)
+        self.cache.invalidate(self.runner)
 
     def read(self, row: int, cached: int, known: int) -> None:
         """The draft model knows so many tokens of a row, of which ``known`` are text."""
         self.state.cached[row] = cached
-        self.cache.mark(self.runner, [Behind(row, row, known)])
+        self.cache.mark_complete(self.runner, [CatchUp(row, row, known)])
 
     def prefix(self, row: int, computed: int) -> int:
         return self.cache.prefix(self.runner, row, computed)
@@ -85,7 +85,7 @@ def test_texts_are_read_in_forwards_of_bounded_size() -> None:
     batch = Batch([1, 2, 3, 4, 5, 6], [7, 8], [9], max_rows=8)
     batch.state.cached[:] = 3, 0, 2
     text = np.arange(3 * 40, dtype=np.int32).reshape(3, 40)
-    behind = [Behind(0, 0, 14), Behind(1, 1, 9), Behind(2, 2, 4)]  # the second one has 8 places
+    behind = [CatchUp(0, 0, 14), CatchUp(1, 1, 9), CatchUp(2, 2, 4)]  # the second one has 8 places
     batch.cache.catch_up(batch.runner, behind, text, 2)
     assert batch.state.cached.tolist() == [14, 8, 2]
     seen: list[tuple[int, int]] = []

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, _get_attn_
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.trees.draft_tree import ancestor_mask
 from vllm_ouroboros.verify.cpu.attention import TreeAttentionImpl
-from vllm_ouroboros.verify.cpu.tree_step import TreeStep
+from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep
 from vllm_ouroboros.verify.tree_step import attach
 
 NUM_BLOCKS = 24
@@ -94,14 +94,14 @@ class Forward:
             ]
         )
 
-    def step(self) -> TreeStep:
+    def step(self) -> CPUTreeStep:
         """The trees of the forward, as the runner describes them."""
         trees = [r for r, (_, _, tree) in enumerate(self.requests) if tree]
         rows = [np.arange(self.starts[r], self.starts[r + 1]) for r in trees]
         sizes = [len(r) for r in rows]
         flat = np.concatenate(rows)
         words = -(-max(sizes) // 32)
-        return TreeStep(
+        return CPUTreeStep(
             rows=torch.from_numpy(flat).long(),
             starts=np.array([0, *np.cumsum(sizes)], np.int64),
             contexts=np.array([self.contexts[r] for r in trees], np.int64),
@@ -110,7 +110,7 @@ class Forward:
             num_rows=self.total,
         )
 
-    def metadata(self, impl, step: TreeStep | None) -> CPUAttentionMetadata:
+    def metadata(self, impl, step: CPUTreeStep | None) -> CPUAttentionMetadata:
         start_loc = torch.from_numpy(self.starts)
         lengths = np.diff(self.starts)
         seq_lens = torch.tensor(self.contexts, dtype=torch.int32) + torch.from_numpy(lengths)
@@ -129,7 +129,7 @@ class Forward:
             attach({"layer": metadata}, step)
         return metadata
 
-    def run(self, impl, step: TreeStep | None, on=None) -> torch.Tensor:
+    def run(self, impl, step: CPUTreeStep | None, on=None) -> torch.Tensor:
         """The layer's output for the rows of the step, in float64."""
         on = on or self.layer("layer")
         impl.do_kv_cache_update(

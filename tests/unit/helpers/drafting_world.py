@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.draft_tree import DraftTree
-from vllm_ouroboros.trees.drafting import Drafting, Width
+from vllm_ouroboros.trees.drafting import Drafting, RoundWidth
 
 from .fakes import Language, ancestors, trie
 
@@ -115,13 +115,13 @@ class World:
             text = (*life.text, *life.chain)
             context = life.cached
             assert out.context_lens[r] == context
-            assert out.num_known[r] == len(text) - context
+            assert out.num_uncached[r] == len(text) - context
             life.check_kv()
             parents = out.parents[first:end]
             assert (parents < np.arange(end - first)).all()
-            most = out.num_known[r] + drafting.rows_of(Width.FULL)
+            most = out.num_uncached[r] + drafting.rows_of(RoundWidth.FULL)
             assert end - first <= most
-            known, guesses = int(out.num_known[r]), int(out.num_guesses[r])
+            known, guesses = int(out.num_uncached[r]), int(out.num_guesses[r])
             for i in range(end - first):
                 path = ancestors(parents, i)
                 row = first + i
@@ -131,7 +131,7 @@ class World:
                 if i < known:
                     assert sequence == text[: context + i + 1]
                     wrote = len(sequence) - 1
-                    fits = wrote < state.capacity[life.slot]
+                    fits = wrote < state.kv_capacity[life.slot]
                     assert out.writes[row] == (wrote if fits else -1)
                 else:
                     assert out.writes[row] == -1
@@ -155,11 +155,11 @@ class World:
         drafting.absorb(slots, out, predicted)
         for r, life in enumerate(lives):
             # what was known is cached; accepted guesses are known rows of the next round
-            assert life.cached == min(lengths[r], state.capacity[life.slot])
+            assert life.cached == min(lengths[r], state.kv_capacity[life.slot])
             assert len(life.chain) > len(before[r]), "a round without progress"
-            assert life.cached <= state.capacity[life.slot]
+            assert life.cached <= state.kv_capacity[life.slot]
             life.check_kv()
-            levels = int(state.levels[life.slot])
+            levels = int(state.window_levels[life.slot])
             mine = state.window[life.slot, :levels].tolist()
             theirs = [list(level) for level in life.window.cells]
             if mine:
@@ -198,7 +198,7 @@ def check_chain(life: Life, model: Language, limit: int, draft_tokens: int, stop
 
 
 def expected_tree(
-    life: Life, limit: int, draft_tokens: int, num_suffixes: int, stops, narrow: bool = False
+    life: Life, limit: int, draft_tokens: int, num_suffixes: int, stops, chain_only: bool = False
 ):
     """Nodes of the tree and the number of those that are no suffix, from the pool's lookups."""
     pool, scope = life.drafting.pool, int(life.drafting.state.scope[life.slot])
@@ -226,7 +226,7 @@ def expected_tree(
         chain = (*chain, *found[0][0])[:limit]
     key = chain[-1] if chain else root
     paths = [chain]
-    if num_suffixes and narrow:  # one path: the chain with its best suffix
+    if num_suffixes and chain_only:  # one path: the chain with its best suffix
         best = [] if chain and key in stops else phrases(key)[:1]
         paths += [(*chain, *phrase) for phrase, _ in best]
     elif num_suffixes:
@@ -254,7 +254,7 @@ def shapes(draw):
         surprise=draw(st.sampled_from([1, 3, 9, 10**9])),
         twist=draw(st.sampled_from([0, 2, 6])),
         scopes=draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 3, 4), (7, 0, 7, 2**31 - 1)])),
-        narrow=draw(st.booleans()),
+        chain_only=draw(st.booleans()),
         lives=draw(st.integers(1, 3)),
     )
 

@@ -88,7 +88,7 @@ class FakeDraft:
         assert len(seen) == len(tokens)
         if tree is not None:
             tree.block_table = torch.from_numpy(table[requests])
-            tree.kept["layer"] = SimpleNamespace(
+            tree.saved_kv["layer"] = SimpleNamespace(
                 kv_cache=torch.empty(1, 1, BLOCK, 2),
                 write=lambda rows, slots: self.kv.update(
                     {int(s): seen[int(row)] for row, s in zip(rows, slots, strict=True)}

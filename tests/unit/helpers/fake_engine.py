@@ -10,7 +10,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors
 
-from vllm_ouroboros.draft.rounds import MAX_KNOWN
+from vllm_ouroboros.draft.rounds import MAX_CATCH_UP
 from vllm_ouroboros.integration import proposer as module
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.integration.proposer import OuroborosProposer
@@ -57,7 +57,7 @@ class Table:
 def runner(**more) -> SimpleNamespace:
     tree_step = partial(OuroborosCPURunner.tree_step, None)
     return SimpleNamespace(
-        device=torch.device("cpu"), tree_step=tree_step, nodes_wanted=lambda _: 0, **more
+        device=torch.device("cpu"), tree_step=tree_step, graph_tree_nodes=lambda _: 0, **more
     )
 
 
@@ -200,7 +200,7 @@ class Engine:
 
     def verify(self, s: Sequence, tree: DraftTree | None) -> tuple[Verified | None, list[int]]:
         """Walk a tree with the target; what was found, and the tokens that come out."""
-        request = self.proposer.requests[s.name].sampled
+        request = self.proposer.requests[s.name].sampling
         assert request.generator is s.generator
         paths = [(), *(node_paths(tree) if tree is not None else [])]
         predicted = np.array([self.target([*s.text, *p]) for p in paths], np.int64)
@@ -228,10 +228,10 @@ class Engine:
             assert tree.tokens.tolist() == s.draft
             paths = node_paths(tree)
             assert len(set(paths)) == len(paths) <= proposer.budget
-            assert tree.is_chain or not request.narrow
+            assert tree.is_chain or not request.chain_only
             chain = state.chain[request.slot, : state.chain_len[request.slot]].tolist()
             drafted = [tuple(chain), *self.branches(s, chain)] if chain else []
-            nodes = trie(drafted, int(state.limit[request.slot]))
+            nodes = trie(drafted, int(state.node_limit[request.slot]))
             assert paths[: len(nodes)] == nodes
             drawn = tree.sources == NodeSource.DRAFT
             assert drawn.tolist() == [i < len(nodes) for i in range(len(paths))]
@@ -245,7 +245,7 @@ class Engine:
         if not emitted:  # a prompt is cached as it comes
             assert cached >= min(s.computed, capacity)
         elif chain:
-            assert cached >= min(len(s.text) - 1, capacity) - MAX_KNOWN
+            assert cached >= min(len(s.text) - 1, capacity) - MAX_CATCH_UP
         assert chain == said(self.draft.model, s.text, len(chain), (1,), clone(s.generator))
 
     def branches(self, s: Sequence, chain: list[int]) -> list[tuple[int, ...]]:
@@ -253,7 +253,7 @@ class Engine:
         not there: each with the token after it, where the draft model knows the text.
         """
         request, state = self.proposer.requests[s.name], self.proposer.drafting.state
-        if request.sampled.plain or request.narrow:
+        if request.sampling.argmax_only or request.chain_only:
             return []
         known = state.cached[request.slot] >= len(s.text)
         result = []
@@ -268,7 +268,7 @@ class Engine:
                 token = choose(logits, clone(noise))
                 logits[token] = -np.inf
                 path = (*chain[:place], token)
-                asked = known or state.follow[request.slot, place, rank] >= 0
+                asked = known or state.branch_next[request.slot, place, rank] >= 0
                 if token != 1 and asked:  # which ends a text
                     path += (choose(self.draft.model.logits([*context, token]), clone(after)),)
                 result.append(path)

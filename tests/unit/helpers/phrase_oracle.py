@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.eviction import WAYS, first_slot
-from vllm_ouroboros.phrases.insertion import MOST
+from vllm_ouroboros.phrases.insertion import MAX_TIMES
 from vllm_ouroboros.phrases.pool import PhrasePool
 
 
@@ -51,7 +51,7 @@ class Oracle:
             phrase, times = max(same[0], phrase, key=len), times + same[2]
         phrases.insert(len(trusted) if guess else 0, (phrase, source, times))
         del phrases[self.guesses :]
-        if times > MOST:
+        if times > MAX_TIMES:
             phrases[:] = [(*old[:2], old[2] // 2) for old in phrases]
         self.inserted[source] += 1
 

@@ -11,7 +11,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.trees.draft_tree import ROOT
 from vllm_ouroboros.verify.acceptance import Verified, verify
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
 
 from .fakes import Language, engine_config, input_batch, node_paths, request_state
 from .random_requests import (
@@ -116,7 +116,7 @@ class Case:
             seeded = params.sampling_type == SamplingType.RANDOM_SEED
             generator = torch.Generator().manual_seed(params.seed) if seeded else None
             state = request_state(name, prompt, params, generator=generator)
-            request = Sampled.of(state, EOS, custom, CPU)
+            request = RequestSampling.of(state, EOS, custom, CPU)
             self.states[name], self.requests[name] = state, request
             noise = request.generator and request.generator.clone_state()
             if seeded:  # the stream that the user asked for, whatever ours does
@@ -177,7 +177,7 @@ class Case:
         assert output.sampled_token_ids.dtype == torch.int32
         emitted = emitted_tokens(output)
         assert self.sampler.rows == sum(
-            1 if request.plain else len(tokens)
+            1 if request.argmax_only else len(tokens)
             for request, tokens in zip(requests, emitted, strict=True)
         )
         for r, name in enumerate(names):
@@ -226,7 +226,7 @@ class Case:
                 assert ids[: 1 + wanted].tolist() == theirs[0][: 1 + wanted].tolist()
 
 
-def assert_same_noise(request: Sampled, state: torch.Tensor | None) -> None:
+def assert_same_noise(request: RequestSampling, state: torch.Tensor | None) -> None:
     assert (request.generator is None) == (state is None)
     if state is not None:
         assert torch.equal(request.generator.get_state(), state)

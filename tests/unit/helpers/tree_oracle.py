@@ -9,23 +9,24 @@ import numpy as np
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
-from vllm_ouroboros.trees.best_first import DRAWN, TIE
+from vllm_ouroboros.trees.best_first import TIE_BREAK
+from vllm_ouroboros.trees.candidates import BRANCH_PROBABILITIES
 from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource
-from vllm_ouroboros.trees.drafting import OTHERS
 from vllm_ouroboros.trees.node_kinds import (
-    ALONE,
-    BEYOND,
-    COUNTS,
-    EVIDENCES,
-    OTHERWISE,
-    SHARES,
-    START,
-    UNLIKELY,
+    BACKOFF_WEIGHTS,
+    BASE_SHARE,
+    BEYOND_CHAIN,
+    MAX_COUNT_WEIGHT,
+    NOT_IN_TOP_K,
+    NUM_EVIDENCES,
+    SHARE_BOUNDS,
+    WITHOUT_DRAFT,
     Evidence,
     grade,
 )
+from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
-GUESSES = (Evidence.GUESS, Evidence.GUESS_GOES_ON)
+GUESSES = (Evidence.WINDOW_GUESS, Evidence.CONTINUES_GUESS)
 
 
 class Child(NamedTuple):
@@ -38,25 +39,28 @@ class Child(NamedTuple):
     place: int | None = None  # in the chain
     follow: int = -1
     odds: float | None = None  # the draft model's probability
-    share: float = START  # of what was counted
+    share: float = BASE_SHARE  # of what was counted
 
 
-def thoughts(world, slot: int, node: Child) -> list[Child]:
-    """What the draft model puts behind a node."""
+def from_draft(world, slot: int, node: Child) -> list[Child]:
+    """The draft model's children of a node."""
     state = world.drafting.state
     if node.follow >= 0:
-        return [Child(node.follow, grade(DRAWN[0]))]
+        return [Child(node.follow, grade(BRANCH_PROBABILITIES[0]))]
     if world.alone or node.place is None or node.place + 1 >= state.chain_len[slot]:
         return []
     at = node.place + 1
     sure = float(state.confidence[slot, at])
     found = [Child(int(state.chain[slot, at]), 0, place=at, odds=sure)]
-    for k in range(OTHERS):
-        token, odds = int(state.others[slot, at, k]), float(state.odds[slot, at, k])
+    for k in range(NUM_ALTERNATIVES):
+        token, odds = (
+            int(state.alternatives[slot, at, k]),
+            float(state.alternative_probs[slot, at, k]),
+        )
         found.append(Child(token, 0, odds=odds))
     for k in range(state.branches.shape[2] if at < state.branches.shape[1] else 0):
-        token, follow = int(state.branches[slot, at, k]), int(state.follow[slot, at, k])
-        found.append(Child(token, grade(DRAWN[k]), follow=follow))
+        token, follow = int(state.branches[slot, at, k]), int(state.branch_next[slot, at, k])
+        found.append(Child(token, grade(BRANCH_PROBABILITIES[k]), follow=follow))
     return [child for child in found if child.token >= 0]
 
 
@@ -84,30 +88,30 @@ def phrases_of(world, slot: int, text: list[int]) -> list[list[Phrase]]:
 
 def share_of(token: int, held: list[list[Phrase]]) -> float:
     """The share of a token of what was counted, from the shortest context to the longest."""
-    share = START
-    for otherwise, phrases in zip(OTHERWISE, held, strict=False):
+    share = BASE_SHARE
+    for otherwise, phrases in zip(BACKOFF_WEIGHTS, held, strict=False):
         counted = Counter()
         for phrase in phrases:
             if not phrase.guess:
                 counted[phrase.tokens[0]] += phrase.times
         total = counted.total()
-        weight = min(total, COUNTS) / total if total else 0
+        weight = min(total, MAX_COUNT_WEIGHT) / total if total else 0
         share = (weight * counted[token] + otherwise * share) / (weight * total + otherwise)
     return share
 
 
 def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
     """All that may stand behind a node, at the end of ``text``."""
-    thought = thoughts(world, slot, node)
-    unknown = UNLIKELY if thought and node.place is not None else BEYOND
+    thought = from_draft(world, slot, node)
+    unknown = NOT_IN_TOP_K if thought and node.place is not None else BEYOND_CHAIN
     if world.alone or not world.drafting.state.chain_len[slot]:
-        unknown = ALONE
-    on = Evidence.GUESS_GOES_ON if node.evidence in GUESSES else Evidence.GOES_ON
+        unknown = WITHOUT_DRAFT
+    on = Evidence.CONTINUES_GUESS if node.evidence in GUESSES else Evidence.CONTINUES_PHRASE
     known = [(on, node.rest)] if node.rest else []
     held = phrases_of(world, slot, text)
     for phrase in (phrase for phrases in held for phrase in phrases):
-        said = Evidence.COUNTED if phrase.times else Evidence.SAID
-        known.append((Evidence.GUESS if phrase.guess else said, phrase.tokens))
+        said = Evidence.COUNTED if phrase.times else Evidence.CORRECTION
+        known.append((Evidence.WINDOW_GUESS if phrase.guess else said, phrase.tokens))
     found: dict[int, Child] = {}
     for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
         there = found.setdefault(child.token, child)
@@ -118,7 +122,7 @@ def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
         rest = next((p.tokens[1:] for p in leads if p.tokens[0] == token), child.rest)
         share, evidence = share_of(token, held), child.evidence
         if leads and evidence in (Evidence.NONE, Evidence.COUNTED):
-            evidence = Evidence.COUNTED + int((share > SHARES).sum())
+            evidence = Evidence.COUNTED + int((share > SHARE_BOUNDS).sum())
         found[token] = child._replace(rest=rest, share=share, evidence=evidence)
     return list(found.values())
 
@@ -131,9 +135,9 @@ def ranked(world, r: int, found: list[Child]) -> list[tuple[float, int, Child]]:
         for child in left:
             if child.odds is not None:
                 child = child._replace(grade=grade(child.odds / max(unsaid, child.odds, 1e-6)))
-            kind = child.grade * EVIDENCES + child.evidence
+            kind = child.grade * NUM_EVIDENCES + child.evidence
             graded.append((world.rates[r, kind], kind, child))
-        best = max(range(len(left)), key=lambda i: graded[i][0] + TIE * graded[i][2].share)
+        best = max(range(len(left)), key=lambda i: graded[i][0] + TIE_BREAK * graded[i][2].share)
         order.append(graded[best])
         unsaid -= left.pop(best).odds or 0.0
     return order
@@ -142,10 +146,10 @@ def ranked(world, r: int, found: list[Child]) -> list[tuple[float, int, Child]]:
 def reference(world, r: int, like) -> list[tuple]:
     """A tree as `grown` gives it; ``like`` decides between what only rounding tells apart."""
     state, slot = world.drafting.state, int(world.slots[r])
-    text = world.token_ids[world.rows[r], : state.known[slot]].tolist()
+    text = world.token_ids[world.rows[r], : state.committed[slot]].tolist()
     waiting, taken = [], []
     node, parent, left = Child(-1, 0, place=-1), ROOT, 1.0
-    while len(taken) < state.limit[slot]:
+    while len(taken) < state.node_limit[slot]:
         found = [] if node.token in world.drafting.stops else children(world, slot, node, text)
         for rate, kind, child in ranked(world, r, found):
             probability = left * rate
@@ -158,8 +162,8 @@ def reference(world, r: int, like) -> list[tuple]:
         hint = like[len(taken) :][:1]
         nudged = [one[0] * (1 + 1e-9 * ((one[3].token, one[1]) in hint)) for one in waiting]
         left, above, kind, node, text = waiting.pop(int(np.argmax(nudged)))
-        waiting = [] if state.narrow[slot] else waiting
+        waiting = [] if state.chain_only[slot] else waiting
         parent, text = len(taken), [*text, node.token]
-        source = NodeSource.DRAFT if node.grade < UNLIKELY else NodeSource.SUFFIX
+        source = NodeSource.DRAFT if node.grade < NOT_IN_TOP_K else NodeSource.SUFFIX
         taken.append((node.token, above, source, kind, left))
     return taken

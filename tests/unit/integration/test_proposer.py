@@ -132,7 +132,7 @@ def test_placeholders_alone_are_no_tree(monkeypatch, known) -> None:
 def test_the_engine_s_stops_are_those_of_its_requests(monkeypatch) -> None:
     proposer = bound(make(monkeypatch, None, eos=1))
     proposer.requests.admit("x", state_of(stop_token_ids=[4]), 0, None)
-    assert proposer.requests["x"].sampled.stops == {1, 4}
+    assert proposer.requests["x"].sampling.stops == {1, 4}
 
 
 def test_slots_follow_the_life_of_a_request(monkeypatch) -> None:
@@ -163,8 +163,8 @@ def test_a_session_goes_on_with_its_noise(monkeypatch) -> None:
         again = state_of(temperature=1, seed=3)
         proposer.requests.admit("a", again, 7, None)
         request = proposer.requests["a"]
-        assert request.sampled.generator is noise
-        assert request.sampled.state is again
+        assert request.sampling.generator is noise
+        assert request.sampling.state is again
         assert proposer.drafting.state.cached[request.slot] == 7
 
 
@@ -220,7 +220,7 @@ def test_origins_say_who_proposed_each_token(monkeypatch) -> None:
         np.array([5, 6, 7], np.int32), np.array([-1, 0, 0], np.int32), np.array([1, 1, 2], np.int32)
     )
     proposer.requests["a"].tree = tree
-    proposer.drafting.state.known[proposer.requests["a"].slot] = 2
+    proposer.drafting.state.committed[proposer.requests["a"].slot] = 2
     verified = {"a": Verified(tree, np.array([0, 2], np.int32), np.array([5, 7, 0, 9]))}
     ids = np.array([[3, 4, 5, 7, 9, 0, 0, 0]], np.int32)
     batch = SimpleNamespace(
@@ -282,7 +282,9 @@ def test_a_request_that_cannot_speculate_gets_no_draft(
     [draft] = proposer.propose([[4]], np.array([6], np.int32), ids)
     assert bool(draft) == speculates
     assert len(proposer.drafting.pool) > 0  # its text feeds the pool anyway
-    assert proposer.requests["a"].sampled.plain == (not processors and "temperature" not in changes)
+    assert proposer.requests["a"].sampling.argmax_only == (
+        not processors and "temperature" not in changes
+    )
 
 
 def test_who_may_end_all_drafting_is_named(monkeypatch, caplog) -> None:

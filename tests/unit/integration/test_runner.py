@@ -18,7 +18,7 @@ from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.integration.runner import TreeBatch
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.trees.draft_tree import DraftTree
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
 
 from ..helpers.fakes import engine_config, input_batch, request_state
 
@@ -59,8 +59,8 @@ def sampling_runner(*params: SamplingParams) -> OuroborosCPURunner:
     runner.verified = {"r0": "what the last step found"}
     for i, one in enumerate(params):
         state = request_state(f"r{i}", [1, 2], one)
-        sampled = Sampled.of(state, frozenset(), False, CPU)
-        runner.drafter.requests[state.req_id] = SimpleNamespace(sampled=sampled)
+        sampled = RequestSampling.of(state, frozenset(), False, CPU)
+        runner.drafter.requests[state.req_id] = SimpleNamespace(sampling=sampled)
         runner.input_batch.add_request(state)
     runner.input_batch.refresh_metadata()
     return runner
@@ -83,7 +83,7 @@ def test_sampling_walks_trees_and_moves_what_was_accepted() -> None:
     greedy, drawn = SamplingParams(temperature=0), SamplingParams(temperature=0.01)
     runner = sampling_runner(greedy, drawn, drawn)
     runner.discard_request_mask.np[1] = True
-    noise = [q.sampled.generator for q in runner.drafter.requests.values()][1:]
+    noise = [q.sampling.generator for q in runner.drafter.requests.values()][1:]
     before = [generator.get_state() for generator in noise]
     tree = branching(3)  # of tokens 0, 1 and 2
     runner.trees = TreeBatch([tree, None, tree], np.array([3, 0, 3]), np.array([4, 9, 13]))

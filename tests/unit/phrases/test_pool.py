@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.eviction import WAYS, first_slot
-from vllm_ouroboros.phrases.insertion import MOST, insert, insert_text
+from vllm_ouroboros.phrases.insertion import MAX_TIMES, insert, insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
 
 from ..helpers.phrase_oracle import PHRASES, SCOPES, SOURCES, TOKENS, Oracle, agree, contents, times
@@ -115,14 +115,14 @@ def test_guesses_of_the_window_stand_behind_text() -> None:
 
 def test_phrases_that_are_seen_too_often_to_count_count_half() -> None:
     pool = PhrasePool(8, guess_set_size=4, phrase_len=2)
-    for phrase, seen in (([1, 1], 1), ([2, 2], 9), ([3, 3], MOST), ([4, 4], 0)):
+    for phrase, seen in (([1, 1], 1), ([2, 2], 9), ([3, 3], MAX_TIMES), ([4, 4], 0)):
         for _ in range(seen):
             pool.insert(7, phrase, PhraseSource.HISTORY)
     pool.insert(7, [4, 4], PhraseSource.WINDOW)
-    assert times(pool) == {(0, 7): [MOST, 9, 1, 0]}
+    assert times(pool) == {(0, 7): [MAX_TIMES, 9, 1, 0]}
     pool.insert(7, [3], PhraseSource.PROMPT)
     assert pool.lookup(7) == [(3, 3), (2, 2), (1, 1), (4, 4)]
-    assert times(pool) == {(0, 7): [(MOST + 1) // 2, 4, 0, 0]}
+    assert times(pool) == {(0, 7): [(MAX_TIMES + 1) // 2, 4, 0, 0]}
 
 
 def test_a_lookup_counts_as_use() -> None:

@@ -8,35 +8,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.draft.rounds import thoughts
-from vllm_ouroboros.policy.acceptance_estimates import PRIOR, SUREST, Estimates, Leaning, lean
+from vllm_ouroboros.draft.rounds import top_alternatives
+from vllm_ouroboros.policy.acceptance_estimates import (
+    MAX_RATE,
+    PRIOR,
+    CalibrationBias,
+    Estimates,
+    apply_bias,
+)
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, walk
-from vllm_ouroboros.trees.drafting import OTHERS
 from vllm_ouroboros.trees.node_kinds import (
-    EDGES,
-    EVIDENCES,
-    GRADES,
-    KINDS,
+    GRADE_BOUNDS,
+    NUM_EVIDENCES,
+    NUM_GRADES,
+    NUM_KINDS,
     Evidence,
     grade,
     kind_of,
 )
+from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
 from ..helpers.policy_fakes import SURE, text, tree_of
 
 
 def test_kinds_are_grades_and_evidence() -> None:
-    assert len(PRIOR) == KINDS == GRADES * EVIDENCES
-    assert sorted({kind_of(g, e) for g in range(GRADES) for e in range(EVIDENCES)}) == [
-        *range(KINDS)
+    assert len(PRIOR) == NUM_KINDS == NUM_GRADES * NUM_EVIDENCES
+    assert sorted({kind_of(g, e) for g in range(NUM_GRADES) for e in range(NUM_EVIDENCES)}) == [
+        *range(NUM_KINDS)
     ]
-    assert [grade(np.float32(p)) for p in (0.0, *EDGES, 1.0)] == [
-        *range(len(EDGES) + 1),
-        len(EDGES),
+    assert [grade(np.float32(p)) for p in (0.0, *GRADE_BOUNDS, 1.0)] == [
+        *range(len(GRADE_BOUNDS) + 1),
+        len(GRADE_BOUNDS),
     ]
-    table = PRIOR.reshape(GRADES, EVIDENCES)
+    table = PRIOR.reshape(NUM_GRADES, NUM_EVIDENCES)
     assert ((table > 0) & (table < 1)).all()
-    assert (np.diff(table[: len(EDGES) + 1], axis=0) > 0).all()
+    assert (np.diff(table[: len(GRADE_BOUNDS) + 1], axis=0) > 0).all()
     assert (np.diff(table[:, Evidence.COUNTED :]) > 0).all(), "more by larger shares"
 
 
@@ -56,46 +62,46 @@ def test_what_is_learned_are_the_turns_of_a_walk(seed, size, known) -> None:
     rows = [0, *(node + 1 for node in accepted)]
     written = predicted[rows].astype(np.int32)[:known]
     accepted = accepted[:known]
-    estimates, leaning = Estimates(), Leaning()
-    assert estimates.learn(tree, written, leaning) == len(accepted)
-    assert np.flatnonzero(estimates.right).tolist() == sorted(accepted)
+    estimates, bias = Estimates(), CalibrationBias()
+    assert estimates.learn(tree, written, bias) == len(accepted)
+    assert np.flatnonzero(estimates.accepted).tolist() == sorted(accepted)
     reached = [ROOT, *accepted][:known]
     turns = [
         i for i in range(size)
         if parents[i] in reached and not any(a < i and parents[a] == parents[i] for a in accepted)
     ]  # fmt: skip
-    assert np.flatnonzero(estimates.turns).tolist() == turns
-    assert leaning.right == len(accepted)
+    assert np.flatnonzero(estimates.trials).tolist() == turns
+    assert bias.accepted == len(accepted)
 
 
 def test_rates_come_to_what_happens_and_requests_differ() -> None:
     tree = tree_of([1], [ROOT], [SURE])
-    estimates, good, bad = Estimates(), Leaning(), Leaning()
+    estimates, good, bad = Estimates(), CalibrationBias(), CalibrationBias()
     for i in range(4000):
         right = i % 4 == 0
-        leaning = good if right else bad
-        estimates.learn(tree, text(1 if right else 2), leaning)
-        leaning.fade()
-        estimates.fade()
-    assert estimates.rates([Leaning()])[0, SURE] == pytest.approx(0.25, abs=0.05)
-    assert estimates.grades()[SURE // EVIDENCES] == pytest.approx(0.25, abs=0.05)
+        bias = good if right else bad
+        estimates.learn(tree, text(1 if right else 2), bias)
+        bias.decay()
+        estimates.decay()
+    assert estimates.rates([CalibrationBias()])[0, SURE] == pytest.approx(0.25, abs=0.05)
+    assert estimates.rates_by_grade()[SURE // NUM_EVIDENCES] == pytest.approx(0.25, abs=0.05)
     assert estimates.rates([good])[0, SURE] > 2 * estimates.rates([bad])[0, SURE]
-    assert (estimates.rates([good, bad]) <= SUREST).all()
-    before = leaning.factor, estimates.right.sum()
+    assert (estimates.rates([good, bad]) <= MAX_RATE).all()
+    before = bias.odds_ratio, estimates.accepted.sum()
     estimates.learn(tree, text(1), None)  # of a tree that was not verified
-    assert leaning.factor == before[0]
-    assert estimates.right.sum() == before[1] + 1
+    assert bias.odds_ratio == before[0]
+    assert estimates.accepted.sum() == before[1] + 1
 
 
 def test_a_request_as_good_as_others_has_their_rates() -> None:
     """And one that is better misses less, but what is all but certain has little to gain."""
     rates = np.array([0.0, 0.3, 0.97, 1.0])
-    usual, better = lean(rates, [Leaning(10, 10, 20), Leaning(20, 10, 20)])
+    usual, better = apply_bias(rates, [CalibrationBias(10, 10, 20), CalibrationBias(20, 10, 20)])
     np.testing.assert_allclose(usual, rates)
     assert (better[1:3] > rates[1:3]).all()
     assert better[1] / rates[1] > 1.5 > 1.03 > better[2] / rates[2]
     np.testing.assert_allclose(better[[0, 3]], [0, 1])
-    np.testing.assert_allclose(1 - lean(1 - rates, [Leaning(0, 10, 20)])[0], better)
+    np.testing.assert_allclose(1 - apply_bias(1 - rates, [CalibrationBias(0, 10, 20)])[0], better)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_a_draft_saves_a_step_for_each_token_that_phrases_would_have_lacked(
     written, alone, saved
 ) -> None:
     """Of tokens 1, 2 and 3 phrases know the second; it would have come with the next step."""
-    estimates, known = Estimates(), SURE + EVIDENCES - 1
+    estimates, known = Estimates(), SURE + NUM_EVIDENCES - 1
     tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE, known, SURE])
     assert estimates.steps_saved(tree, text(*written), alone) == pytest.approx(saved, abs=0.03)
 
@@ -124,16 +130,16 @@ def test_what_is_not_seen_again_is_tried_again() -> None:
     tree, estimates = tree_of([1], [ROOT], [SURE]), Estimates()
     for _ in range(50):
         estimates.learn(tree, text(2), None)
-    assert estimates.rates([Leaning()])[0, SURE] < 0.2
+    assert estimates.rates([CalibrationBias()])[0, SURE] < 0.2
     for _ in range(3000):
-        estimates.fade()
-    assert estimates.rates([Leaning()])[0, SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
+        estimates.decay()
+    assert estimates.rates([CalibrationBias()])[0, SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
 
 
 def test_the_draft_model_says_what_it_thinks_of() -> None:
     logits = torch.stack([torch.randperm(7) for _ in range(5)]).bfloat16()  # no ties
-    first, odds = thoughts(logits)
-    wanted = logits.float().softmax(-1).topk(OTHERS + 1)
+    first, odds = top_alternatives(logits)
+    wanted = logits.float().softmax(-1).topk(NUM_ALTERNATIVES + 1)
     np.testing.assert_allclose(odds, wanted.values, rtol=1e-5)
     assert (first[:, 0] == logits.argmax(-1).numpy()).all()
-    assert thoughts(logits[:, :2])[0].shape == (5, 2)
+    assert top_alternatives(logits[:, :2])[0].shape == (5, 2)

@@ -6,17 +6,17 @@ import json
 
 import pytest
 
-from vllm_ouroboros.policy.forward_costs import WIDEST, Costs, Curve, measure, read_costs
+from vllm_ouroboros.policy.forward_costs import MAX_DEVIATION, CostCurve, Costs, measure, read_costs
 
 from ..helpers.policy_fakes import curve
 
 
 def test_a_curve_interpolates_never_falls_and_goes_on() -> None:
-    one = Curve([1, 2, 4, 8], [4.0, 3.0, 6.0, 8.0])
+    one = CostCurve([1, 2, 4, 8], [4.0, 3.0, 6.0, 8.0])
     assert [one.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 3, 3, 4.5, 6, 7, 8, 9]
     assert one.table(10).tolist() == [one.at(n) for n in range(11)]
     assert one.table(100)[100] == one.at(100)
-    assert Curve([1], [2.0]).at(3) == 6
+    assert CostCurve([1], [2.0]).at(3) == 6
 
 
 def test_measurement_takes_the_fastest_of_some_runs() -> None:
@@ -75,7 +75,10 @@ def test_the_first_that_is_seen_may_have_compiled_something() -> None:
     costs = Costs(curve(1.0, 0.0), curve(0.2, 0.0))
     costs.observe_overhead(30.0)
     costs.observe_round(8, 0.2, 30.0)
-    assert (costs.overhead, costs.planning) == (WIDEST * 1.0, pytest.approx(WIDEST * 0.2))
+    assert (costs.overhead, costs.planning) == (
+        MAX_DEVIATION * 1.0,
+        pytest.approx(MAX_DEVIATION * 0.2),
+    )
     for _ in range(100):
         costs.observe_round(8, 0.2, 0.3)
     assert costs.planning == pytest.approx(0.1, rel=0.1)

@@ -13,22 +13,23 @@ from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
 from vllm_ouroboros.phrases.insertion import insert, insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
-from vllm_ouroboros.trees.best_first import DRAWN
+from vllm_ouroboros.trees.candidates import BRANCH_PROBABILITIES
 from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource
-from vllm_ouroboros.trees.drafting import OTHERS, Drafting
+from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.trees.node_kinds import (
-    ALONE,
-    BEYOND,
-    EVIDENCES,
-    GRADES,
-    KINDS,
-    OTHERWISE,
-    SHARES,
-    START,
-    UNLIKELY,
+    BACKOFF_WEIGHTS,
+    BASE_SHARE,
+    BEYOND_CHAIN,
+    NOT_IN_TOP_K,
+    NUM_EVIDENCES,
+    NUM_GRADES,
+    NUM_KINDS,
+    SHARE_BOUNDS,
+    WITHOUT_DRAFT,
     Evidence,
     grade,
 )
+from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
 from ..helpers.fakes import node_paths
 from ..helpers.tree_oracle import reference
@@ -43,7 +44,7 @@ def world_of(pool: PhrasePool, text=((1, 2),), budget: int = 16, stops: tuple[in
     drafting.start(0, 2, budget, 64)
     return SimpleNamespace(
         drafting=drafting, slots=np.zeros(1, np.int64), rows=np.zeros(1, np.int64), alone=False,
-        token_ids=np.array(text, np.int32), rates=np.full((1, KINDS), 0.5), least=0.004,
+        token_ids=np.array(text, np.int32), rates=np.full((1, NUM_KINDS), 0.5), least=0.004,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def worlds(draw, budget: int):
     stops = draw(st.sampled_from([(), (), (1,), (0, 5)]))
     world = world_of(pool, rng.integers(0, vocab, (4, 64)), budget, stops)
     world.slots, world.rows = rng.permutation(4)[:requests], rng.permutation(4)[:requests]
-    world.rates = rng.uniform(0.01, draw(st.sampled_from([0.4, 0.99])), (requests, KINDS))
+    world.rates = rng.uniform(0.01, draw(st.sampled_from([0.4, 0.99])), (requests, NUM_KINDS))
     world.least, world.alone = draw(st.sampled_from([0.004, 0.02, 0.1])), draw(st.booleans())
     state = world.drafting.state
     state.scope[:] = draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 1, 2**31 - 1)]))
@@ -75,10 +76,12 @@ def worlds(draw, budget: int):
         state.chain[slot] = rng.integers(0, vocab, budget)
         state.confidence[slot] = rng.random(budget) ** draw(st.sampled_from([0.2, 1, 3]))
         if draw(st.booleans()):
-            state.others[slot] = rng.integers(-1, vocab, (budget, OTHERS))
-            state.odds[slot] = rng.random((budget, OTHERS)) * (1 - state.confidence[slot, :, None])
+            state.alternatives[slot] = rng.integers(-1, vocab, (budget, NUM_ALTERNATIVES))
+            state.alternative_probs[slot] = rng.random((budget, NUM_ALTERNATIVES)) * (
+                1 - state.confidence[slot, :, None]
+            )
         if draw(st.booleans()):
-            for branches in (state.branches, state.follow):
+            for branches in (state.branches, state.branch_next):
                 branches[slot] = rng.integers(-1, vocab, branches[slot].shape)
     return world
 
@@ -99,17 +102,17 @@ def test_nodes_stand_in_the_order_of_their_probability(world) -> None:
     trees, nodes = grown(world)
     for slot, tree, rows in zip(world.slots, trees, nodes, strict=True):
         paths = node_paths(tree)
-        assert len(set(paths)) == len(paths) <= state.limit[slot] <= 24
+        assert len(set(paths)) == len(paths) <= state.node_limit[slot] <= 24
         assert not any(token in stops for path in paths for token in path[:-1])
-        assert tree.is_chain or not state.narrow[slot]
+        assert tree.is_chain or not state.chain_only[slot]
         left = {ROOT: 1.0} | {i: row[-1] for i, row in enumerate(rows)}
         assert sorted(left.values(), reverse=True) == [1.0, *(row[-1] for row in rows)]
         for _, parent, source, kind, probability in rows:
             assert world.least <= probability <= left[parent] + 1e-12, "more than is left for it"
             left[parent] -= probability
-            assert (source == NodeSource.DRAFT) == (kind // EVIDENCES < UNLIKELY)
-    state.limit[world.slots] //= 2
-    halves = state.limit[world.slots].tolist()
+            assert (source == NodeSource.DRAFT) == (kind // NUM_EVIDENCES < NOT_IN_TOP_K)
+    state.node_limit[world.slots] //= 2
+    halves = state.node_limit[world.slots].tolist()
     assert grown(world)[1] == [rows[:n] for rows, n in zip(nodes, halves, strict=True)]
 
 
@@ -127,7 +130,7 @@ def test_a_tree_is_the_one_of_the_specification(world) -> None:
 def test_alone_the_pool_knows_nothing_of_the_draft(world) -> None:
     world.alone = True
     _, alone = grown(world)
-    assert {node[3] // EVIDENCES for nodes in alone for node in nodes} <= {ALONE}
+    assert {node[3] // NUM_EVIDENCES for nodes in alone for node in nodes} <= {WITHOUT_DRAFT}
     world.alone, world.drafting.state.chain_len[:] = False, 0
     assert grown(world)[1] == alone
 
@@ -135,7 +138,7 @@ def test_alone_the_pool_knows_nothing_of_the_draft(world) -> None:
 def looked(world) -> dict[tuple[int, ...], tuple[int, int, int]]:
     """Grade, evidence and source of each path."""
     [tree], [nodes] = grown(world)
-    found = [(*divmod(kind, EVIDENCES), source) for _, _, source, kind, _ in nodes]
+    found = [(*divmod(kind, NUM_EVIDENCES), source) for _, _, source, kind, _ in nodes]
     return dict(zip(node_paths(tree), found, strict=True))
 
 
@@ -144,14 +147,14 @@ PAIR = key_of(np.array([1, 2], np.int32), 2, 1)
 
 def counted(*parts: float | None) -> int:
     """Evidence of a token that is such a part of what was counted once, in contexts that grow."""
-    share = START
-    for part, otherwise in zip(parts, OTHERWISE, strict=False):
+    share = BASE_SHARE
+    for part, otherwise in zip(parts, BACKOFF_WEIGHTS, strict=False):
         if part is not None:
             share = (part + otherwise * share) / (1 + otherwise)
-    return Evidence.COUNTED + int((share > SHARES).sum())
+    return Evidence.COUNTED + int((share > SHARE_BOUNDS).sum())
 
 
-ON, GUESSED_ON = Evidence.GOES_ON, Evidence.GUESS_GOES_ON
+ON, GUESSED_ON = Evidence.CONTINUES_PHRASE, Evidence.CONTINUES_GUESS
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ ON, GUESSED_ON = Evidence.GOES_ON, Evidence.GUESS_GOES_ON
     [
         (2, PhraseSource.PROMPT, [], [counted(1), ON, ON]),
         (2, PhraseSource.HISTORY, [9], [counted(0.5), ON, ON]),
-        (2, PhraseSource.WINDOW, [], [Evidence.GUESS, GUESSED_ON, GUESSED_ON]),
+        (2, PhraseSource.WINDOW, [], [Evidence.WINDOW_GUESS, GUESSED_ON, GUESSED_ON]),
         (PAIR, PhraseSource.HISTORY, [], [counted(None, 1), ON, ON]),
     ],
 )
@@ -169,7 +172,9 @@ def test_a_phrase_goes_on_token_by_token(key, source, newer, expected) -> None:
     pool.insert(key, newer, PhraseSource.HISTORY)
     found = looked(world_of(pool))
     assert [found[(3, 4, 5)[:n]][1] for n in (1, 2, 3)] == expected
-    assert {(grade, source) for grade, _, source in found.values()} <= {(ALONE, NodeSource.SUFFIX)}
+    assert {(grade, source) for grade, _, source in found.values()} <= {
+        (WITHOUT_DRAFT, NodeSource.SUFFIX)
+    }
 
 
 def test_what_is_counted_of_a_token_grows_with_its_times_and_its_context() -> None:
@@ -196,8 +201,8 @@ def test_the_target_said_so_elsewhere_is_little_and_guesses_count_for_nothing() 
     insert(pool.arrays, 0, 2, np.array([3], np.int32), 0, 1, int(PhraseSource.VERIFICATION), 0)
     pool.insert(2, [4], PhraseSource.WINDOW)
     assert looked(world_of(pool)) == {
-        (3,): (ALONE, Evidence.SAID, NodeSource.SUFFIX),
-        (4,): (ALONE, Evidence.GUESS, NodeSource.SUFFIX),
+        (3,): (WITHOUT_DRAFT, Evidence.CORRECTION, NodeSource.SUFFIX),
+        (4,): (WITHOUT_DRAFT, Evidence.WINDOW_GUESS, NodeSource.SUFFIX),
     }
     pool.insert(2, [5], PhraseSource.PROMPT)
     assert looked(world_of(pool))[(5,)][1] == counted(1)
@@ -210,18 +215,18 @@ def test_who_thought_of_a_token_and_a_branch_that_brings_what_follows_it() -> No
     world = world_of(pool)
     state, draft, suffix = world.drafting.state, NodeSource.DRAFT, NodeSource.SUFFIX
     state.chain_len[0], state.chain[0, :2], state.confidence[0, :2] = 2, (5, 6), (0.9, 0.3)
-    state.others[0, 0, 0], state.odds[0, 0, 0] = 7, 0.08
-    state.branches[0, 0, 0], state.follow[0, 0, 0] = 8, 9
+    state.alternatives[0, 0, 0], state.alternative_probs[0, 0, 0] = 7, 0.08
+    state.branches[0, 0, 0], state.branch_next[0, 0, 0] = 8, 9
     known, another = counted(1), counted(0)  # the pool knows another token there
     assert looked(world) == {
         (5,): (grade(0.9), known, draft),
         (7,): (grade(0.8), another, draft),
-        (8,): (grade(DRAWN[0]), another, draft),
+        (8,): (grade(BRANCH_PROBABILITIES[0]), another, draft),
         (5, 6): (grade(0.3), another, draft),
-        (5, 11): (UNLIKELY, known, suffix),
-        (5, 6, 12): (BEYOND, known, suffix),
-        (8, 9): (grade(DRAWN[0]), another, draft),
-        (8, 13): (BEYOND, known, suffix),
+        (5, 11): (NOT_IN_TOP_K, known, suffix),
+        (5, 6, 12): (BEYOND_CHAIN, known, suffix),
+        (8, 9): (grade(BRANCH_PROBABILITIES[0]), another, draft),
+        (8, 13): (BEYOND_CHAIN, known, suffix),
     }
 
 
@@ -231,11 +236,14 @@ def test_a_draft_token_is_graded_by_what_is_left_once_likelier_ones_were_wrong()
     pool.insert(2, [7], PhraseSource.HISTORY)
     world = world_of(pool)
     world.rates = (
-        np.linspace(0.1, 0.4, EVIDENCES).repeat(GRADES).reshape(-1, GRADES).T.reshape(1, -1)
+        np.linspace(0.1, 0.4, NUM_EVIDENCES)
+        .repeat(NUM_GRADES)
+        .reshape(-1, NUM_GRADES)
+        .T.reshape(1, -1)
     )
     state = world.drafting.state
     state.chain_len[0], state.chain[0, 0], state.confidence[0, 0] = 1, 5, 0.6
-    state.others[0, 0, :2], state.odds[0, 0, :2] = (7, 8), (0.3, 0.05)
+    state.alternatives[0, 0, :2], state.alternative_probs[0, 0, :2] = (7, 8), (0.3, 0.05)
     found = looked(world)
     assert [path for path in found if len(path) == 1] == [(7,), (5,), (8,)]
     assert found[(7,)][0] == grade(0.3)

@@ -28,7 +28,7 @@ def test_requests_from_prompt_to_end(shape) -> None:
     world = World(model, drafting, shape.max_len)
 
     def narrow(life: Life) -> bool:
-        return shape.narrow and life.row % 2 == 0
+        return shape.chain_only and life.row % 2 == 0
 
     lives = []
     for row in rng.permutation(4)[: shape.lives].tolist():
@@ -146,7 +146,7 @@ def test_without_a_window_only_known_and_guess_rows() -> None:
     assert out.positions[:total].tolist() == [0, 1, 2, 3, 4, 5, 4]
     assert out.writes[:total].tolist() == [0, 1, 2, -1, -1, -1, -1]
     assert out.logits_rows[:wanted].tolist() == [2, 3, 4, 5, 6]
-    assert [out.num_known[0], out.num_guesses[0], out.context_lens[0]] == [3, 4, 0]
+    assert [out.num_uncached[0], out.num_guesses[0], out.context_lens[0]] == [3, 4, 0]
 
 
 def test_accepted_guesses_make_a_chain_in_one_round() -> None:

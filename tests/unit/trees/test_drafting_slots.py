@@ -40,10 +40,12 @@ def test_slots_are_handed_out_once_and_come_back_clean() -> None:
     again = drafting.add(9)
     state = drafting.state
     assert again == slots[2]
-    assert [a[again] for a in (state.known, state.cached, state.fed, state.levels)] == [0] * 4
+    assert [
+        a[again] for a in (state.committed, state.cached, state.in_pool, state.window_levels)
+    ] == [0] * 4
     assert [a[again] for a in (state.chain_len, state.size)] == [0, 0]
     assert state.scope[again] == 9
-    assert not state.narrow[again]
+    assert not state.chain_only[again]
     drafting.release(again)
     assert state.scope[drafting.add()] == 0
     assert len(drafting.tree(again).tokens) == 0
@@ -103,7 +105,7 @@ def test_start_clamps_the_limit_and_the_cache(limit, done) -> None:
     slot = drafting.add()
     drafting.reset(slot, 12)
     drafting.start(slot, 8, limit, 20)
-    assert drafting.state.limit[slot] == min(limit, 4)
+    assert drafting.state.node_limit[slot] == min(limit, 4)
     assert bool(drafting.state.done[slot]) is done
     assert drafting.state.cached[slot] == 7  # the last token must run to be continued
 

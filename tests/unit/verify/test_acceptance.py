@@ -14,7 +14,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.verify.acceptance import Verified, greedy, verify
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
 
 from ..helpers.fakes import Language, engine_config, input_batch, node_paths, request_state
 from ..helpers.random_requests import CPU, DEEPEST, EOS, MODES, VOCAB, make_tree
@@ -49,8 +49,8 @@ def run_alone(params: SamplingParams, tree: DraftTree, texts) -> tuple[list[int]
     sampler = TokenSampler(Sampler(), build_processors(config, CPU))
     logits = 9 * torch.nn.functional.one_hot(torch.tensor(texts), VOCAB).float()
     [found], output = verify(
-        sampler, logits, np.zeros(1, np.int64), [tree], [Sampled.of(state, EOS, False, CPU)],
-        set(), batch.sampling_metadata,
+        sampler, logits, np.zeros(1, np.int64), [tree],
+        [RequestSampling.of(state, EOS, False, CPU)], set(), batch.sampling_metadata,
     )  # fmt: skip
     return emitted_tokens(output)[0], found
 
@@ -101,7 +101,7 @@ def test_a_budget_of_thoughts_beside_trees() -> None:
     assert references[2].tokens[2:4] == [4, 5], "its prompt has thought one token already"
     batch = input_batch(VOCAB, build_processors(config, CPU), num_spec_tokens=DEEPEST, **more)
     live = [*states()]
-    requests = [Sampled.of(state, frozenset(), False, CPU) for state in live]
+    requests = [RequestSampling.of(state, frozenset(), False, CPU) for state in live]
     for state in live:
         batch.add_request(state)
     sampler = TokenSampler(Sampler(), build_processors(config, CPU))
@@ -146,7 +146,7 @@ def test_a_table_of_chosen_ids_leaves_one_token_each(temperature) -> None:
         logits,
         np.array([0, 4]),
         [tree, None],
-        [Sampled.of(state, EOS, False, CPU) for state in states],
+        [RequestSampling.of(state, EOS, False, CPU) for state in states],
         set(),
         batch.sampling_metadata,
     )

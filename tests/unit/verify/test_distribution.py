@@ -19,7 +19,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree
 from vllm_ouroboros.verify.acceptance import verify
-from vllm_ouroboros.verify.token_sampler import Sampled, TokenSampler, build_processors
+from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
 
 from ..helpers.fakes import Language, engine_config, input_batch, node_paths, request_state
 
@@ -163,9 +163,9 @@ class Engine:
         self.accepted = 0
         self.rng = np.random.default_rng(0)
 
-    def same_noise(self, texts: list[Text], requests: list[Sampled]) -> list[DraftTree]:
+    def same_noise(self, texts: list[Text], requests: list[RequestSampling]) -> list[DraftTree]:
         """Chains of another model, drawn with the noise that the target will use."""
-        ahead = [request.ahead() for request in requests]
+        ahead = [request.with_noise_copy() for request in requests]
         chains: list[list[int]] = [[] for _ in texts]
         for _ in range(2):
             rows = np.stack([logits((*t, *c), 9) for t, c in zip(texts, chains, strict=True)])
@@ -178,14 +178,14 @@ class Engine:
         """Texts by how often they came."""
         found: Counter[Text] = Counter()
         for _ in range(TEXTS // BATCH):
-            requests = [Sampled.of(state, frozenset(), False, CPU) for state in self.states]
+            requests = [RequestSampling.of(state, frozenset(), False, CPU) for state in self.states]
             texts = [PROMPT] * BATCH
             while min(map(len, texts)) < len(PROMPT) + LENGTH:
                 texts = self.step(make, texts, requests)
             found.update(text[len(PROMPT) :][:LENGTH] for text in texts)
         return found
 
-    def step(self, make, texts: list[Text], requests: list[Sampled]) -> list[Text]:
+    def step(self, make, texts: list[Text], requests: list[RequestSampling]) -> list[Text]:
         trees: list[DraftTree | None]
         if make == "same noise":
             trees = [*self.same_noise(texts, requests)]

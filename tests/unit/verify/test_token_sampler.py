@@ -18,11 +18,11 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.verify.token_sampler import (
-    Sampled,
+    RequestSampling,
     TokenSampler,
     build_processors,
     can_speculate,
-    is_plain,
+    is_argmax_only,
     stateless,
 )
 
@@ -83,10 +83,10 @@ class Adapter(AdapterLogitsProcessor):
     ids=lambda c: next(iter(c)),
 )  # fmt: skip
 def test_what_needs_the_sampler_at_each_row(changes) -> None:
-    assert is_plain(SamplingParams(temperature=0))
+    assert is_argmax_only(SamplingParams(temperature=0))
     params = SamplingParams(**{"temperature": 0, **changes})
-    assert not is_plain(params)
-    assert not sampled(params).plain
+    assert not is_argmax_only(params)
+    assert not sampled(params).argmax_only
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_what_needs_the_sampler_at_each_row(changes) -> None:
 )  # fmt: skip
 def test_what_leaves_the_argmax_alone(changes) -> None:
     params = SamplingParams(**{"temperature": 0, **changes})
-    assert is_plain(params)
-    assert sampled(params).plain
-    assert not sampled(params, custom=True).plain
+    assert is_argmax_only(params)
+    assert sampled(params).argmax_only
+    assert not sampled(params, custom=True).argmax_only
 
 
 def test_only_a_thinking_budget_forbids_trees() -> None:
@@ -112,8 +112,10 @@ def test_only_a_thinking_budget_forbids_trees() -> None:
     assert not can_speculate(None), "a pooling request"
 
 
-def sampled(params: SamplingParams, custom: bool = False, generator=None) -> Sampled:
-    return Sampled.of(request_state("x", [1], params, generator=generator), EOS, custom, CPU)
+def sampled(params: SamplingParams, custom: bool = False, generator=None) -> RequestSampling:
+    return RequestSampling.of(
+        request_state("x", [1], params, generator=generator), EOS, custom, CPU
+    )
 
 
 def test_stops_are_those_of_the_request() -> None:
@@ -136,14 +138,14 @@ def test_stops_are_those_of_the_request() -> None:
 )  # fmt: skip
 def test_which_requests_logits_processors_look_at(changes, processed) -> None:
     params = SamplingParams(**{"temperature": 0, **changes})
-    assert sampled(params).processed is processed
-    assert sampled(params, custom=True).processed
+    assert sampled(params).has_processors is processed
+    assert sampled(params, custom=True).has_processors
 
 
 # -- noise -----------------------------------------------------------------------------------------
 
 
-def draws(request: Sampled, count: int = 4) -> list[int]:
+def draws(request: RequestSampling, count: int = 4) -> list[int]:
     return [int(torch.randint(2**31, (), generator=request.generator)) for _ in range(count)]
 
 
@@ -152,10 +154,12 @@ def test_a_seed_gives_its_own_stream() -> None:
     params = SamplingParams(temperature=1, seed=5)
     generator = torch.Generator().manual_seed(5)
     state = request_state("x", [1], params, generator=generator)
-    request = Sampled.of(state, EOS, False, CPU)
+    request = RequestSampling.of(state, EOS, False, CPU)
     assert request.generator is generator
     assert state.generator is None
-    assert draws(request) == draws(Sampled(state, generator=torch.Generator().manual_seed(5)))
+    assert draws(request) == draws(
+        RequestSampling(state, generator=torch.Generator().manual_seed(5))
+    )
 
 
 def test_requests_without_a_seed_have_streams_of_their_own() -> None:
@@ -176,20 +180,20 @@ def test_a_greedy_request_has_no_noise() -> None:
     before = torch.get_rng_state()
     request = sampled(SamplingParams(temperature=0, seed=4))
     assert request.generator is None
-    assert request.ahead() is request
+    assert request.with_noise_copy() is request
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_drafting_draws_what_the_target_will_draw() -> None:
     request = sampled(SamplingParams(temperature=1, stop_token_ids=[2], min_tokens=1))
-    ahead = request.ahead()
+    ahead = request.with_noise_copy()
     expected = draws(ahead)
-    assert draws(request.ahead()) == expected
+    assert draws(request.with_noise_copy()) == expected
     assert draws(request) == expected, "what the draft drew is still there"
     assert draws(request) != expected
     assert ahead.state is request.state
-    assert (ahead.stops, ahead.processed, ahead.plain) == (
-        request.stops, request.processed, request.plain,
+    assert (ahead.stops, ahead.has_processors, ahead.argmax_only) == (
+        request.stops, request.has_processors, request.argmax_only,
     )  # fmt: skip
 
 
@@ -262,7 +266,7 @@ def test_a_path_is_sampled_as_if_it_were_text(waves, custom, seed) -> None:
     states, requests = [], []
     for i, kind in enumerate(KINDS):
         states.append(request_state(f"r{i}", [i, 1], SamplingParams(**kind), output=[i, 4]))
-        requests.append(Sampled.of(states[-1], EOS, custom, CPU))
+        requests.append(RequestSampling.of(states[-1], EOS, custom, CPU))
         live.add_request(states[-1])
     live.refresh_metadata()
     outputs = [list(state.output_token_ids) for state in states]
@@ -271,7 +275,7 @@ def test_a_path_is_sampled_as_if_it_were_text(waves, custom, seed) -> None:
         paths = [path for _, path in wave]
         texts = [[i, 1, i, 4, *path] for i, path in wave]
         logits = torch.stack([torch.from_numpy(model.logits(text)) for text in texts])
-        copies = [requests[i].ahead() for i, _ in wave]
+        copies = [requests[i].with_noise_copy() for i, _ in wave]
         found = sampler.after_paths(
             logits.clone(), live.sampling_metadata, [i for i, _ in wave],
             [requests[i] for i, _ in wave], paths, logprobs=False,
@@ -299,7 +303,7 @@ def test_the_text_is_sampled_with_the_given_noise_only() -> None:
     requests = []
     for i in range(3):
         state = request_state(f"r{i}", [i], SamplingParams(temperature=1))
-        requests.append(Sampled.of(state, EOS, False, CPU))
+        requests.append(RequestSampling.of(state, EOS, False, CPU))
         live.add_request(state)
     live.refresh_metadata()
     before = [request.generator.get_state() for request in requests]

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 from vllm_ouroboros.cli.bench.methods import COMPARED, METHODS, VANILLA, build
 from vllm_ouroboros.cli.bench.rows import Load
 from vllm_ouroboros.cli.bench.run import Plan
-from vllm_ouroboros.cli.inputs import DRAFT, TARGET, InputError, model_reference, shipped_prompts
+from vllm_ouroboros.cli.inputs import (
+    DRAFT,
+    TARGET,
+    InputError,
+    check_writable,
+    model_reference,
+    shipped_prompts,
+)
 from vllm_ouroboros.config import ConfigError
 
 T = TypeVar("T")
@@ -102,7 +109,7 @@ def checked_plan(
         enforce_eager=chosen["enforce_eager"],
         alive=alive,
         timeout=timeout,
-        out=_writable(out),
+        out=check_writable(out, "--out"),
         ignore_eos=ignore_eos,
     )
 
@@ -223,9 +230,3 @@ def _positions(model: str) -> int | None:
         return int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _writable(out: Path) -> Path:
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise InputError(f"--out {out}: is a folder or in none that exists; pass a file's path")
-    return out

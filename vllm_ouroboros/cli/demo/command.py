@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,9 @@ def demo(
     rounds: Annotated[
         int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
     ] = 3,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw some texts and the totals into this file.")
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="No colours, no progress display.")
     ] = False,
@@ -53,7 +57,7 @@ def demo(
             dtype=dtype.value,
             rounds=rounds,
         )
-        same = run(job, plain=plain, verbose=verbose)
+        same = run(job, svg=svg, plain=plain, verbose=verbose)
     except InputError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,23 +51,34 @@ class Comparison:
         """Time of one pass of an engine."""
         return float(getattr(self, engine).seconds)
 
+    @property
+    def ratio(self) -> float:
+        """How many times as fast Ouroboros is."""
+        speeds = _speeds([self])
+        return speeds["ouroboros"] / speeds["vanilla"]
 
-def show_report(console: Console, job: Job, vanilla: EngineResult, ouroboros: EngineResult) -> bool:
-    """Show everything on the console; True if all outputs are identical."""
-    rows = [
+
+def compare(job: Job, vanilla: EngineResult, ouroboros: EngineResult) -> list[Comparison]:
+    """Each prompt of a job through both engines."""
+    return [
         Comparison(name, prompt, *pair)
         for (name, prompt), *pair in zip(
             job.prompts, vanilla.generations, ouroboros.generations, strict=True
         )
     ]
+
+
+def show_report(
+    console: Console, job: Job, rows: Sequence[Comparison], counters: Mapping[str, int]
+) -> None:
+    """Show everything on the console; ``counters`` are Ouroboros's over the timed passes."""
     for row in rows:
-        _show_text(console, row)
+        show_text(console, row)
     _show_prompts(console, rows)
-    _show_totals(console, job, rows, ouroboros)
-    return all(row.identical for row in rows)
+    show_totals(console, job, rows, counters)
 
 
-def _show_text(console: Console, row: Comparison) -> None:
+def show_text(console: Console, row: Comparison) -> None:
     """Prompt and text, each token in the colour of its origin, and what it is made of."""
     console.print(Rule(row.id, style="dim", align="left"))
     text = Text().append(row.prompt, style="dim")
@@ -109,7 +120,7 @@ def _show_prompts(console: Console, rows: Sequence[Comparison]) -> None:
     table = Table(title="Each prompt, tokens/s", title_justify="left", box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
     for heading in ("tokens", NAMES["vanilla"], NAMES["ouroboros"], "ratio"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=len(heading))
     table.add_column("output")
     for row in rows:
         speeds = _speeds([row])
@@ -119,20 +130,21 @@ def _show_prompts(console: Console, rows: Sequence[Comparison]) -> None:
             str(row.tokens("vanilla")),
             f"{speeds['vanilla']:.1f}",
             f"{speeds['ouroboros']:.1f}",
-            f"{speeds['ouroboros'] / speeds['vanilla']:.2f}",
+            f"{row.ratio:.2f}",
             output + (", loops" if row.loops else ""),
         )
     console.print(table)
     console.print()
 
 
-def _show_totals(
-    console: Console, job: Job, rows: Sequence[Comparison], ouroboros: EngineResult
+def show_totals(
+    console: Console, job: Job, rows: Sequence[Comparison], counters: Mapping[str, int]
 ) -> None:
+    """Speeds and counts over all prompts, and how they were measured."""
     speeds = _speeds(rows)
     tokens = sum(row.tokens("ouroboros") for row in rows)
-    forwards = ouroboros.counters["target_forwards"] / job.rounds
-    drafts = ouroboros.counters["draft_forwards"] / job.rounds
+    forwards = counters["target_forwards"] / job.rounds
+    drafts = counters["draft_forwards"] / job.rounds
     same = sum(row.identical for row in rows)
     table = Table(title="All prompts", title_justify="left", box=None, pad_edge=False)
     table.add_column("engine")

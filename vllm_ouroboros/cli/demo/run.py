@@ -8,32 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
 from vllm_ouroboros.cli.demo.engine import EngineJob, EngineResult
 from vllm_ouroboros.cli.demo.job import Job
+from vllm_ouroboros.cli.demo.picture import save_picture
 from vllm_ouroboros.cli.demo.progress import Show, show_progress
-from vllm_ouroboros.cli.demo.report import NAMES, show_report
+from vllm_ouroboros.cli.demo.report import NAMES, compare, show_report
 from vllm_ouroboros.cli.engine_process import (
     EngineError,
     EngineProcess,
     available_memory,
     peak_memory,
 )
-from vllm_ouroboros.cli.inputs import InputError
+from vllm_ouroboros.cli.inputs import InputError, check_writable
 
 
-def run(job: Job, *, plain: bool = False, verbose: bool = False) -> bool:
+def run(job: Job, *, svg: Path | None = None, plain: bool = False, verbose: bool = False) -> bool:
     """Run both engines and show the comparison; True if all outputs are identical.
 
+    Args:
+        job: what they generate.
+        svg: a file that gets a picture of the result.
+        plain: no colours, no progress display.
+        verbose: let the engines' logs through.
+
     Raises:
-        InputError: an engine did not start or failed.
+        InputError: an engine did not start or failed, or the picture cannot be written.
     """
+    if svg is not None:
+        check_writable(svg, "--svg")
     with show_progress(live=not plain and not verbose) as show:
         results = _run_engines(job, show, verbose)
     console = Console(no_color=plain or None, highlight=False, emoji=False, markup=False)
-    return show_report(console, job, results["vanilla"], results["ouroboros"])
+    rows, counters = compare(job, **results), results["ouroboros"].counters
+    show_report(console, job, rows, counters)
+    if svg is not None:
+        save_picture(svg, job, rows, counters)
+        console.print(f"Picture: {svg}", style="dim")
+    return all(row.identical for row in rows)
 
 
 def _run_engines(job: Job, show: Show, verbose: bool) -> dict[str, EngineResult]:

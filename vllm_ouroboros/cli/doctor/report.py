@@ -44,9 +44,9 @@ def run(model: str | None, draft_model: str | None, config: dict[str, Any]) -> b
 
 def show_costs(path: Path) -> str | None:
     """Show the costs that an engine left beside its pool; returns what is wrong, or None."""
-    from vllm_ouroboros.policy.forward_costs import SUFFIX, read_costs
+    from vllm_ouroboros.policy.forward_costs import FILE_SUFFIX, read_costs
 
-    file = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
+    file = path if path.name.endswith(FILE_SUFFIX) else path.with_name(path.name + FILE_SUFFIX)
     try:
         costs = read_costs(file)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 Rows of a request that branches attend by mask: to the whole context in the cache, to their
 ancestors in the step and to themselves. Everything else (prefill, plain decode, chains) stays on
-vLLM's own C++ kernel. A forward's tree travels as `TreeStep` on the attention metadata.
+vLLM's own C++ kernel. A forward's tree travels as `CPUTreeStep` on the attention metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
-from vllm_ouroboros.verify.cpu.tree_step import KeptKV, TreeStep
+from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep, TreeRowKV
 
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 """Types that the kernel reads, and as what."""
@@ -69,12 +69,12 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             return output
         if tree.covers_all:
             queries, keys, values = (t[: tree.num_rows] for t in (query, key, value))
-            if tree.keep:  # copies: the compiled graph around us may reuse its tensors' memory
+            if tree.save_kv:  # copies: the compiled graph around us may reuse its tensors' memory
                 keys, values = keys.clone(), values.clone()
         else:
             queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
-        if tree.keep:
-            tree.kept[layer.layer_name] = KeptKV(self, layer, kv_cache, keys, values)
+        if tree.save_kv:
+            tree.saved_kv[layer.layer_name] = TreeRowKV(self, layer, kv_cache, keys, values)
         result = attend(
             tree, queries, keys, values, kv_cache, scale=self.scale,
             window=self.sliding_window, soft_cap=self.logits_soft_cap or 0.0,
@@ -99,7 +99,7 @@ class TreeAttentionBackend(CPUAttentionBackend):
 
 
 def attend(
-    tree: TreeStep,
+    tree: CPUTreeStep,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -159,7 +159,7 @@ def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> Non
         keys[:-1], values[:-1], *flat.chunk(2, dim=2), torch.arange(block_size, 2 * block_size),
         isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
     )  # fmt: skip
-    one = TreeStep(
+    one = CPUTreeStep(
         rows=torch.zeros(1, dtype=torch.int64), starts=np.array([0, 1]),
         contexts=np.array([block_size]), block_table=torch.ones(1, 1, dtype=torch.int32),
         mask=np.ones((1, 1), np.int32), num_rows=1,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class KeptKV:
+class TreeRowKV:
     """One layer's keys and values of the step's tree rows, and how to write them again."""
 
     impl: CPUAttentionBackendImpl
@@ -30,7 +30,7 @@ class KeptKV:
 
 
 @dataclass
-class TreeStep:
+class CPUTreeStep:
     """The trees of one forward: what each of its tree rows may see.
 
     Attributes:
@@ -40,8 +40,8 @@ class TreeStep:
         block_table: int32 [R, max_blocks].
         mask: int32 [T, words], see `kernels.reference.tree_attention`.
         num_rows: rows of the whole forward.
-        keep: whether the forward keeps keys and values, so that `write` can move them.
-        kept: filled by the forward, by layer name.
+        save_kv: whether the forward saves keys and values, so that `write` can move them.
+        saved_kv: filled by the forward, by layer name.
     """
 
     rows: torch.Tensor
@@ -50,8 +50,8 @@ class TreeStep:
     block_table: torch.Tensor
     mask: np.ndarray
     num_rows: int
-    keep: bool = True
-    kept: dict[str, KeptKV] = field(default_factory=dict)
+    save_kv: bool = True
+    saved_kv: dict[str, TreeRowKV] = field(default_factory=dict)
 
     @property
     def covers_all(self) -> bool:
@@ -69,11 +69,11 @@ class TreeStep:
         Args:
             moves: int64 [M, 3] of (request of this step, tree row, position in the text).
         """
-        if not len(moves) or not self.kept:
+        if not len(moves) or not self.saved_kv:
             return
         requests, rows, positions = moves.unbind(1)
-        block_size = next(iter(self.kept.values())).kv_cache.shape[2]
+        block_size = next(iter(self.saved_kv.values())).kv_cache.shape[2]
         blocks = self.block_table[requests, positions // block_size].long()
         slots = blocks * block_size + positions % block_size
-        for kept in self.kept.values():
-            kept.write(rows, slots)
+        for layer in self.saved_kv.values():
+            layer.write(rows, slots)

@@ -2,7 +2,7 @@
 
 Rows of a request that branches attend by mask, in `kernels.tree_attention`. Everything else
 (prefill, plain decode, chains) stays with the backend that vLLM chose. A forward's tree travels as
-`CudaTreeStep` on the attention metadata; a forward of trees alone calls our kernel only.
+`CUDATreeStep` on the attention metadata; a forward of trees alone calls our kernel only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_layers
 from vllm_ouroboros.kernels.tree_attention import tree_attention
-from vllm_ouroboros.verify.cuda.tree_step import CudaTreeStep
+from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 """Types of a quantised KV cache that the kernel reads, by vLLM's name."""
@@ -68,7 +68,7 @@ class TreeRows:
         output_block_scale=None,
     ):
         """See `AttentionImpl.forward`; shapes as there."""
-        tree: CudaTreeStep | None = getattr(attn_metadata, "tree", None)
+        tree: CUDATreeStep | None = getattr(attn_metadata, "tree", None)
         if tree is None or tree.rows is not None:
             super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, attn_metadata, output,

@@ -23,7 +23,7 @@ def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
 
 
 @dataclass
-class CudaTreeStep:
+class CUDATreeStep:
     """The trees of one forward: T tree rows of R requests.
 
     Attributes:
@@ -57,7 +57,7 @@ class CudaTreeStep:
         context_lens: np.ndarray,
         block_table: torch.Tensor,
         mask: np.ndarray,
-    ) -> CudaTreeStep:
+    ) -> CUDATreeStep:
         """A step of host arrays; ``block_table`` is on the device already."""
         arrays = [query_start_loc, context_lens, mask] + ([] if rows is None else [rows])
         starts, contexts, masks, *places = to_device(device, *arrays)
@@ -121,9 +121,9 @@ class StaticSteps:
         self.context_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
         self.max_query_len, self.max_context_len = max_query_len, max_context_len
 
-    def step(self, num_requests: int, num_rows: int, block_table: torch.Tensor) -> CudaTreeStep:
+    def step(self, num_requests: int, num_rows: int, block_table: torch.Tensor) -> CUDATreeStep:
         """The step of a graph for R requests and T rows; ``block_table`` must be persistent."""
-        return CudaTreeStep(
+        return CUDATreeStep(
             None, self.query_start_loc[: num_requests + 1], self.context_lens[:num_requests],
             block_table, self.mask[:num_rows], self.max_query_len, self.max_context_len,
         )  # fmt: skip
@@ -147,7 +147,7 @@ class StaticSteps:
         self.context_lens.copy_(parts[1])
         self.mask[: len(mask)].copy_(parts[2])
 
-    def copy(self, step: CudaTreeStep) -> None:
+    def copy(self, step: CUDATreeStep) -> None:
         """The same with a step that is on the device."""
         num_requests, words = len(step.context_lens), step.mask.shape[1]
         self.query_start_loc[: num_requests + 1].copy_(step.query_start_loc)
