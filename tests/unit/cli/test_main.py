@@ -51,7 +51,7 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
 def test_the_readme_lists_every_option_with_its_default_and_range() -> None:
     from vllm_ouroboros.config import OuroborosConfig
 
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/options.md").read_text()
     found = {
         row[0]: row[1:]
         for row in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \| .* \|$", text, re.MULTILINE)
