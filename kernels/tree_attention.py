@@ -17,8 +17,9 @@ import torch
 import triton.language as tl
 
 from .launch import LaunchConfig, gpu_name, launch_config, num_multiprocessors, power_of_two
-from .tree_attention_device import INTERPRETED, _attend, _count_depths, _merge
+from .tree_attention_device import INTERPRETED, _attend, _merge
 from .tree_attention_layout import FP8, check_layout
+from .tree_depths import _count_depths
 from .tuned import Shape, best_config
 
 __all__ = ["Launch", "LaunchConfig", "count_depths", "launch_config", "scratch", "tree_attention"]

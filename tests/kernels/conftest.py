@@ -11,7 +11,9 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-KERNELS = ("tree_attention", "tree_attention_device", "tree_accept", "kv_compact")
+KERNELS = (
+    "tree_attention", "tree_attention_device", "tree_depths", "tree_accept", "kv_compact",
+)  # fmt: skip
 PLAIN = ("test_reference.py", "test_tuned.py", "test_gpu_scripts.py")  # do without Triton
 INTERPRET = not torch.cuda.is_available()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 MAX_CATCH_UP = 16
-"""Tokens that the draft model may catch up on inside a round; more go ahead of the rounds."""
+"""Uncached tokens that a round may carry for a request; more are read ahead of the rounds."""
 
 
 def top_alternatives(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 WAYS = 8
+"""Slots of a set."""
 
 
 @njit(cache=True, inline="always")
