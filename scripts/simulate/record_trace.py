@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from pair_data import read_prompts
 from simulate_trace import FIRST, Text, Trace
 from transformers import AutoTokenizer
+
+from vllm_ouroboros.cli.inputs import InputError, read_prompts
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -77,7 +78,11 @@ def main(
         shape = (limit, random_tokens)
         ids = np.random.default_rng(0).integers(0, len(tokenizer), shape).tolist()
     elif prompts is not None:
-        ids = [tokenizer.encode(text) for text in read_prompts(prompts)[:limit]]
+        try:
+            texts = read_prompts(prompts, "--prompts")[:limit]
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+        ids = [tokenizer.encode(text) for text in texts]
     else:
         raise typer.BadParameter("give --prompts FILE, or --random-tokens N")
     engine = {"dtype": dtype, "max_model_len": 2048, "enforce_eager": True}

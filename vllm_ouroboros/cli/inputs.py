@@ -12,6 +12,7 @@ ASSETS = Path(vllm_ouroboros.__file__).parent / "assets"
 PAIR = ASSETS / "tiny-code"
 TARGET, DRAFT = PAIR / "target", PAIR / "draft"
 PROMPTS = ASSETS / "prompts.jsonl"
+SHAPE = 'each line must be a JSON object {"prompt": "text"}'
 
 
 class InputError(Exception):
@@ -62,3 +63,36 @@ def check_writable(path: Path, option: str) -> Path:
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise InputError(f"{option} {path}: is a folder or in none that exists; pass a file's path")
     return path
+
+
+def read_prompts(file: Path, option: str) -> tuple[str, ...]:
+    """The prompts of a file: JSON lines if its first line starts with a brace, else its lines.
+
+    Raises:
+        InputError: no such file, or a line that is no prompt.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise InputError(f"{option} {file}: {reason}; pass a text file of prompts") from None
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise InputError(f"{option} {file}: has no prompts; {SHAPE}, or a prompt")
+    if file.suffix != ".jsonl" and not rows[0][1].lstrip().startswith("{"):
+        return tuple(line for _, line in rows)
+    return tuple(_prompt(line, f"{option} {file}: line {number}") for number, line in rows)
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}); {SHAPE}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is {line.strip()[:40]!r}; {SHAPE}")
+    if "prompt" not in row:
+        raise InputError(f'{where} has no "prompt", its keys are {", ".join(row)}; {SHAPE}')
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise InputError(f'{where}: "prompt" is {row["prompt"]!r}; it must be a text, not empty')
+    return row["prompt"]

@@ -13,7 +13,7 @@ from vllm_ouroboros.cli import inputs
 from vllm_ouroboros.cli.demo import job as demo_job
 from vllm_ouroboros.cli.demo import run as demo
 from vllm_ouroboros.cli.demo.engine import EngineResult, Generation
-from vllm_ouroboros.cli.demo.picture import middle
+from vllm_ouroboros.cli.demo.picture import middle, shortened
 from vllm_ouroboros.cli.demo.report import Comparison
 from vllm_ouroboros.cli.inputs import InputError
 
@@ -134,6 +134,11 @@ def test_a_picture_shows_neither_the_best_nor_the_worst() -> None:
     ]
     assert [row.id for row in middle(rows)] == ["1", "2", "4"]
     assert [row.id for row in middle(rows[:2])] == ["0", "1"]
+
+
+def test_a_picture_leaves_out_the_middle_of_a_long_prompt() -> None:
+    assert shortened("a\nb\nc\nd\ne\n") == "a\nb\nc\nd\ne\n"
+    assert shortened("a\nb\nc\nd\ne\nf") == "a\n    ...\nd\ne\nf"
 
 
 def test_a_difference_in_any_pass_counts() -> None:

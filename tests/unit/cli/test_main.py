@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,28 +41,3 @@ def test_bad_options_give_one_line_and_status_2(tmp_path: Path, model: str) -> N
         assert result.output.count("\n") == 1
     assert invoke("demo", "--max-tokens", "0").exit_code == 2
     assert invoke("demo", "--dtype", "int4").exit_code == 2
-
-
-# -- documents ---------------------------------------------------------------------------------
-
-
-def test_the_readme_lists_every_option_with_its_default_and_range() -> None:
-    from vllm_ouroboros.config import OuroborosConfig
-
-    text = (Path(__file__).parents[3] / "docs/options.md").read_text()
-    found = {
-        row[0]: row[1:]
-        for row in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \| .* \|$", text, re.MULTILINE)
-    }
-    fields = OuroborosConfig.model_fields
-    assert list(found) == list(fields)
-    for key, (default, limits) in found.items():
-        assert json.loads(default) == fields[key].default, key
-        bounds = {
-            name: getattr(b, name)
-            for b in fields[key].metadata
-            for name in ("ge", "le")
-            if hasattr(b, name)
-        }
-        if bounds:
-            assert limits == f"{bounds['ge']} to {bounds['le']}", key

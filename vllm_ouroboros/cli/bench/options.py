@@ -18,6 +18,7 @@ from vllm_ouroboros.cli.inputs import (
     InputError,
     check_writable,
     model_reference,
+    read_prompts,
     shipped_prompts,
 )
 from vllm_ouroboros.config import ConfigError
@@ -36,7 +37,6 @@ QUICK = DEFAULTS | {
     "limit": 4, "draft_tokens": "3", "ngram": "2-4-3", "rounds": 1, "max_tokens": 32,
     "enforce_eager": True,
 }  # fmt: skip
-SHAPE = 'each line must be a JSON object {"prompt": "text"}'
 
 
 def checked_plan(
@@ -112,39 +112,6 @@ def checked_plan(
         out=check_writable(out, "--out"),
         ignore_eos=ignore_eos,
     )
-
-
-def read_prompts(file: Path, option: str) -> tuple[str, ...]:
-    """The prompts of a file: JSON lines if its first line starts with a brace, else its lines.
-
-    Raises:
-        InputError: no such file, or a line that is no prompt.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InputError(f"{option} {file}: {reason}; pass a text file of prompts") from None
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise InputError(f"{option} {file}: has no prompts; {SHAPE}, or a prompt")
-    if file.suffix != ".jsonl" and not rows[0][1].lstrip().startswith("{"):
-        return tuple(line for _, line in rows)
-    return tuple(_prompt(line, f"{option} {file}: line {number}") for number, line in rows)
-
-
-def _prompt(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); {SHAPE}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is {line.strip()[:40]!r}; {SHAPE}")
-    if "prompt" not in row:
-        raise InputError(f'{where} has no "prompt", its keys are {", ".join(row)}; {SHAPE}')
-    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise InputError(f'{where}: "prompt" is {row["prompt"]!r}; it must be a text, not empty')
-    return row["prompt"]
 
 
 def _methods(text: str | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # characters
 TEXTS = 3  # that are shown
+HEAD, TAIL = 1, 3  # lines of a prompt that are shown, of its beginning and its end
 
 
 def middle(rows: Sequence[Comparison], count: int = TEXTS) -> list[Comparison]:
@@ -25,6 +27,14 @@ def middle(rows: Sequence[Comparison], count: int = TEXTS) -> list[Comparison]:
     ranked = sorted(range(len(rows)), key=lambda i: rows[i].ratio)
     first = max(0, (len(rows) - count) // 2)
     return [rows[i] for i in sorted(ranked[first : first + count])]
+
+
+def shortened(prompt: str) -> str:
+    """A prompt whose middle lines, if it has many, are left out."""
+    lines = prompt.splitlines(keepends=True)
+    if len(lines) <= HEAD + TAIL + 1:
+        return prompt
+    return "".join([*lines[:HEAD], "    ...\n", *lines[-TAIL:]])
 
 
 def save_picture(
@@ -40,7 +50,7 @@ def save_picture(
         highlight=False, emoji=False, markup=False,
     )  # fmt: skip
     for row in middle(rows):
-        show_text(console, row)
+        show_text(console, replace(row, prompt=shortened(row.prompt)))
     show_totals(console, job, rows, counters)
     picture = console.export_svg(title="vllm-ouroboros demo", theme=MONOKAI, unique_id="demo")
     try:

@@ -119,7 +119,7 @@ def _show_difference(console: Console, row: Comparison) -> None:
 def _show_prompts(console: Console, rows: Sequence[Comparison]) -> None:
     table = Table(title="Each prompt, tokens/s", title_justify="left", box=None, pad_edge=False)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
-    for heading in ("tokens", NAMES["vanilla"], NAMES["ouroboros"], "ratio"):
+    for heading in ("tokens", "vanilla", NAMES["ouroboros"], "ratio"):
         table.add_column(heading, justify="right", min_width=len(heading))
     table.add_column("output")
     for row in rows:

@@ -14,10 +14,9 @@ from typer.testing import Result
 from vllm_ouroboros.cli import provenance as bench_facts
 from vllm_ouroboros.cli.bench import options as bench_options
 from vllm_ouroboros.cli.bench import run as bench
-from vllm_ouroboros.cli.bench.options import read_prompts
 from vllm_ouroboros.cli.bench.plan import Plan
 from vllm_ouroboros.cli.bench.rows import Load
-from vllm_ouroboros.cli.inputs import InputError
+from vllm_ouroboros.cli.inputs import InputError, read_prompts
 
 from ...helpers import cli_fakes
 
