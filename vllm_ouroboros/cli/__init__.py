@@ -1,4 +1,4 @@
-"""What people type: ``vllm-ouroboros demo``, ``bench`` and ``doctor``.
+"""What people type: ``vllm-ouroboros demo``, ``bench``, ``doctor`` and ``fetch``.
 
 `main` names the commands; each has a folder with its options (`command`) and its work. Engines run
 in processes of their own (`engine_process`), so nothing here imports vLLM or torch at its top.

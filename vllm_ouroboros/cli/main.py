@@ -10,6 +10,7 @@ import typer
 from vllm_ouroboros.cli.bench.command import bench
 from vllm_ouroboros.cli.demo.command import demo
 from vllm_ouroboros.cli.doctor.command import doctor
+from vllm_ouroboros.cli.fetch.command import fetch
 
 app = typer.Typer(
     name="vllm-ouroboros",
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, bench, doctor):
+for command in (demo, bench, doctor, fetch):
     app.command()(command)
 
 

@@ -7,20 +7,21 @@ from typing import Annotated
 
 import typer
 
-from vllm_ouroboros.cli.shared import EXIT_DIFFERENT, Dtype, fail
+from vllm_ouroboros.cli.shared import (
+    EXIT_DIFFERENT,
+    DraftOption,
+    Dtype,
+    DtypeOption,
+    PlainOption,
+    TargetOption,
+    VerboseOption,
+    fail,
+)
 
 
 def bench(
-    model: Annotated[
-        str | None, typer.Option(help="Target model: folder or hub id. Default: the shipped one.")
-    ] = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft model of the same vocabulary, or 'none'. Default: the shipped one for the "
-            "shipped target, else none."
-        ),
-    ] = None,
+    model: TargetOption = None,
+    draft_model: DraftOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSON lines {"prompt": "text"}, or one prompt a line. Default: shipped.'),
@@ -82,9 +83,7 @@ def bench(
     max_model_len: Annotated[
         int, typer.Option(min=32, help="Tokens of prompt and output together.")
     ] = 1024,
-    dtype: Annotated[
-        Dtype, typer.Option(help="In 16 bits near-ties between tokens may be decided otherwise.")
-    ] = Dtype.auto,
+    dtype: DtypeOption = Dtype.auto,
     enforce_eager: Annotated[
         bool | None,
         typer.Option(
@@ -106,10 +105,8 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Smoke run: 4 prompts, 32 tokens, 1 round, eager.")
     ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="No colours, no progress display.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
+    plain: PlainOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Measure ways to decode on the same prompts, in turn, and compare their outputs.
 

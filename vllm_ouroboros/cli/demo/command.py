@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from vllm_ouroboros.cli.shared import EXIT_DIFFERENT, Dtype, fail
+from vllm_ouroboros.cli.shared import (
+    EXIT_DIFFERENT,
+    DraftOption,
+    Dtype,
+    DtypeOption,
+    PlainOption,
+    TargetOption,
+    VerboseOption,
+    fail,
+)
 
 
 def demo(
@@ -15,30 +24,18 @@ def demo(
         list[str] | None,
         typer.Option(help="Text to continue; repeat for more. Default: the shipped prompts."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Target model: folder or hub id. Default: the shipped one.")
-    ] = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft model of the same vocabulary, or 'none' to draft from the phrase pool "
-            "alone. Default: the shipped one for the shipped target, else none."
-        ),
-    ] = None,
+    model: TargetOption = None,
+    draft_model: DraftOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
-    dtype: Annotated[
-        Dtype, typer.Option(help="In 16 bits near-ties between tokens may be decided otherwise.")
-    ] = Dtype.float32,
+    dtype: DtypeOption = Dtype.float32,
     rounds: Annotated[
         int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
     ] = 3,
     svg: Annotated[
         Path | None, typer.Option(help="Draw some texts and the totals into this file.")
     ] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="No colours, no progress display.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engines' logs.")] = False,
+    plain: PlainOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Generate greedily with vanilla vLLM and with Ouroboros, and compare text and speed.
 
