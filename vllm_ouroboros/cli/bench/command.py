@@ -26,6 +26,13 @@ def bench(
         Path | None,
         typer.Option(help='JSON lines {"prompt": "text"}, or one prompt a line. Default: shipped.'),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations of the shipped task set instead, with a table by task: 'all', or a "
+            "list such as chat,code. Later turns hold vanilla's answers."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure the first N prompts.")] = None,
     warm_prompts: Annotated[
         Path | None,
@@ -80,6 +87,10 @@ def bench(
         bool,
         typer.Option("--ignore-eos", help="Generate them all, past the end of the text as well."),
     ] = False,
+    prefix_caching: Annotated[
+        bool,
+        typer.Option("--prefix-caching", help="As servers have it by default; emptied each run."),
+    ] = False,
     max_model_len: Annotated[
         int, typer.Option(min=32, help="Tokens of prompt and output together.")
     ] = 1024,
@@ -125,6 +136,7 @@ def bench(
             nodes=nodes, batch=batch, rates=rates, rounds=rounds, max_tokens=max_tokens,
             max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
             alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
+            prefix_caching=prefix_caching, tasks=tasks,
         )  # fmt: skip
         well = run(plan, plain=plain, verbose=verbose)
     except InputError as error:

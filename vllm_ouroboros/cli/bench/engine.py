@@ -1,6 +1,6 @@
 """One engine of the benchmark, in a process of its own, where `main` serves it.
 
-It is started with an `EngineSpec` and asked with a `RunSpec` or a `Place` at a time.
+It is started with an `EngineSpec` and asked with a `RunSpec`, `Turns` or a `Place` at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any
 from vllm_ouroboros.cli.engine_process import serve
 from vllm_ouroboros.cli.inputs import usable_length
 
+Chat = tuple[tuple[str, str], ...]
+"""A conversation: (role, text), the last one the user's."""
+Prompt = str | Chat
+"""A text to continue, or a conversation to answer by the model's chat template."""
 WARM_UP_TOKENS = 24
 METRICS = {
     "vllm:spec_decode_num_drafts": "drafts",
@@ -35,6 +39,7 @@ class EngineSpec:
     max_num_seqs: int
     max_num_batched_tokens: int
     enforce_eager: bool
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,26 @@ class RunSpec:
     ``before`` are prompts that fill an emptied phrase pool, untimed.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     batch: int
     max_tokens: int
-    before: tuple[str, ...] = ()
+    before: tuple[Prompt, ...] = ()
     ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Conversations to answer, untimed: their later turns follow the answers' texts."""
+
+    prompts: tuple[Prompt, ...]
+    max_tokens: int
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a prompt's answer leaves vanilla's: what both have, then the two tokens that follow."""
 
-    prompt: str
+    prompt: Prompt
     shared: tuple[int, ...]
     found: int
     vanilla: int
@@ -99,7 +112,7 @@ class Engine:
         from vllm import LLM
 
         length = usable_length(spec.model, spec.max_model_len)
-        self.ours = spec.ouroboros is not None
+        self.ours, self.prefix_caching = spec.ouroboros is not None, spec.prefix_caching
         self.llm = LLM(
             model=spec.model,
             dtype=spec.dtype,
@@ -107,7 +120,7 @@ class Engine:
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=max(spec.max_num_batched_tokens, length),
             enforce_eager=spec.enforce_eager,
-            enable_prefix_caching=False,
+            enable_prefix_caching=spec.prefix_caching,
             disable_log_stats=False,
             speculative_config=spec.speculative,
             additional_config={"ouroboros": spec.ouroboros} if self.ours else {},
@@ -117,13 +130,23 @@ class Engine:
         self.warm: set[int] = set()
         self.facts = {"dtype": str(config.dtype).removeprefix("torch."), "max_model_len": length}
 
-    def answer(self, wanted: RunSpec | Place, done: Callable[[int], object]) -> Any:
-        """What `run` or `gap` finds."""
-        return self.gap(wanted) if isinstance(wanted, Place) else self.run(wanted, done)
+    def answer(self, wanted: RunSpec | Turns | Place, done: Callable[[int], object]) -> Any:
+        """What `run`, `texts` or `gap` finds."""
+        if isinstance(wanted, Place):
+            return self.gap(wanted)
+        return self.texts(wanted) if isinstance(wanted, Turns) else self.run(wanted, done)
+
+    def texts(self, turns: Turns) -> list[str]:
+        """The answers to some conversations."""
+        self._check(turns.prompts)
+        found = self._serve(turns.prompts, 1, turns.max_tokens)
+        return [output.outputs[0].text for output in found]
 
     def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
         """Warm up if this batch size is new, put the pool into its state, then measure."""
         self._check(run.prompts + run.before)
+        if self.prefix_caching:
+            self.llm.reset_prefix_cache()
         if run.batch not in self.warm:
             self._serve(warm_up_prompts(run.batch), run.batch, WARM_UP_TOKENS)
             self.warm.add(run.batch)
@@ -155,7 +178,7 @@ class Engine:
         """By how much the logit of vanilla's token is above the other; None below the first 20."""
         from vllm import SamplingParams
 
-        ids = [*self.llm.get_tokenizer().encode(place.prompt), *place.shared]
+        ids = [*self._encode(place.prompt), *place.shared]
         params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
         [output] = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
         [said] = output.outputs[0].logprobs
@@ -165,7 +188,7 @@ class Engine:
 
     def _serve(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         batch: int,
         max_tokens: int,
         ignore_eos: bool = False,
@@ -184,21 +207,35 @@ class Engine:
         while len(found) < len(prompts):
             while waiting and len(prompts) - len(waiting) - len(found) < batch:
                 number, prompt = waiting.pop()
-                engine.add_request(f"{number}", prompt, params)
+                given = (
+                    prompt
+                    if isinstance(prompt, str)
+                    else {"prompt_token_ids": self._encode(prompt)}
+                )
+                engine.add_request(f"{number}", given, params)
             ended = [output for output in engine.step() if output.finished]
             found |= {int(output.request_id): output for output in ended}
             if ended:
                 done(len(ended))
         return [found[number] for number in range(len(prompts))]
 
-    def _check(self, prompts: Sequence[str]) -> None:
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
         tokenizer = self.llm.get_tokenizer()
+        if isinstance(prompt, str):
+            return list(tokenizer.encode(prompt))
+        said = [{"role": role, "content": text} for role, text in prompt]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            length = len(tokenizer.encode(prompt))
+            length = len(self._encode(prompt))
             if length >= self.max_model_len:
+                text = prompt if isinstance(prompt, str) else prompt[-1][1]
                 raise ValueError(
                     f"a prompt has {length} tokens, max_model_len is {self.max_model_len}: raise "
-                    f"--max-model-len if the model knows more, or leave it out: {prompt[:40]!r}"
+                    f"--max-model-len if the model knows more, or leave it out: {text[:40]!r}"
                 )
 
     def _counters(self) -> dict[str, int]:

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_ouroboros.cli.bench.engine import Prompt
 from vllm_ouroboros.cli.bench.methods import COMPARED, METHODS, VANILLA, build
 from vllm_ouroboros.cli.bench.rows import Load
 from vllm_ouroboros.cli.bench.run import Plan
@@ -21,6 +23,7 @@ from vllm_ouroboros.cli.inputs import (
     read_prompts,
     shipped_prompts,
 )
+from vllm_ouroboros.cli.tasks import Task, has_chat_template, read_tasks
 from vllm_ouroboros.config import ConfigError
 
 T = TypeVar("T")
@@ -57,6 +60,8 @@ def checked_plan(
     out: Path,
     quick: bool,
     ignore_eos: bool = False,
+    prefix_caching: bool = False,
+    tasks: str | None = None,
     **chosen: Any,
 ) -> Plan:
     """Check everything that can be checked without an engine.
@@ -75,10 +80,19 @@ def checked_plan(
         draft = None
         if draft_model != "none":
             draft = model_reference(draft_model, "--draft-model")
-        texts = (
-            tuple(text for _, text in shipped_prompts()) if prompts is None
-            else read_prompts(prompts, "--prompts")
-        )  # fmt: skip
+        kinds: tuple[str, ...] = ()
+        later: tuple[tuple[str, ...], ...] = ()
+        texts: tuple[Prompt, ...]
+        if tasks is not None:
+            given = {"--prompts": prompts, "--rates": rates}
+            conversations = _tasks(tasks, target, [name for name, v in given.items() if v])
+            texts = tuple((("user", one.turns[0]),) for one in conversations)
+            kinds = tuple(one.task for one in conversations[: chosen["limit"]])
+            later = tuple(one.turns[1:] for one in conversations[: chosen["limit"]])
+        elif prompts is None:
+            texts = tuple(text for _, text in shipped_prompts())
+        else:
+            texts = read_prompts(prompts, "--prompts")
         measured = texts[: chosen["limit"]]
         others = texts[len(measured) :]
         if warm_prompts is not None:
@@ -111,7 +125,27 @@ def checked_plan(
         timeout=timeout,
         out=check_writable(out, "--out"),
         ignore_eos=ignore_eos,
+        prefix_caching=prefix_caching,
+        tasks=kinds,
+        later=later,
     )
+
+
+def _tasks(text: str, target: str, excluded: list[str]) -> list[Task]:
+    """Conversations of the tasks named, or of "all", one of each task in turn."""
+    if excluded:
+        raise InputError(f"--tasks {text}: excludes {', '.join(excluded)}; give one of them")
+    if not has_chat_template(target):
+        raise InputError(f"--tasks {text}: {target} has no chat template; pass a chat model")
+    found: dict[str, list[Task]] = {}
+    for one in read_tasks():
+        found.setdefault(one.task, []).append(one)
+    names = [*found] if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in found:
+            raise InputError(f"--tasks {text}: {name!r} is unknown; take all, {', '.join(found)}")
+    rounds = zip_longest(*(found[name] for name in dict.fromkeys(names)))
+    return [one for some in rounds for one in some if one is not None]
 
 
 def _methods(text: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_ouroboros.cli.bench.engine import EngineSpec, Place, RunResult, RunSpec
+from vllm_ouroboros.cli.bench.engine import EngineSpec, Place, RunResult, RunSpec, Turns
 from vllm_ouroboros.cli.bench.methods import Method
 from vllm_ouroboros.cli.engine_process import EngineProcess, group_members, peak_memory
 
@@ -21,6 +21,8 @@ class AnyEngine(Protocol):
     facts: dict[str, Any]
 
     def run(self, run: RunSpec, done: Callable[[int], None]) -> RunResult: ...
+
+    def texts(self, turns: Turns) -> list[str]: ...
 
     def gap(self, place: Place) -> float | None: ...
 
@@ -50,6 +52,11 @@ class MeasuredEngine(EngineProcess):
         result = self.ask(run, done)
         assert isinstance(result, RunResult)
         return result
+
+    def texts(self, turns: Turns) -> list[str]:
+        """Answers as texts; raises `EngineError`."""
+        found: list[str] = self.ask(turns)
+        return found
 
     def gap(self, place: Place) -> float | None:
         """By how much vanilla's token leads; raises `EngineError`."""

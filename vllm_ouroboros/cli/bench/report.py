@@ -56,9 +56,29 @@ def show_report(console: Console, rows: Sequence[Row]) -> None:
                     table.add_row(name, row["status"])
         console.print(table)
         console.print()
+        _show_tasks(console, [row for row in shown if (row["batch"], row["rate"]) == load])
     for row in rows:
         _show_trouble(console, row)
     _show_facts(console, rows[0])
+
+
+def _show_tasks(console: Console, rows: Sequence[Row]) -> None:
+    """Ratios by task, of the rows of one load that have them."""
+    rows = [row for row in rows if row.get("tasks")]
+    if not rows:
+        return
+    tasks = [*rows[0]["tasks"]]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method, best setting", overflow="fold")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for row in rows:
+        name = f"{TITLES[row['method']]} {row['setting']}".strip()
+        ratios = [row["tasks"].get(task, {}).get("ratio") for task in tasks]
+        table.add_row(name, *(_number(ratio) for ratio in ratios))
+    console.print(f"batch {rows[0]['batch']}, times vanilla vLLM by task", style="italic")
+    console.print(table)
+    console.print()
 
 
 def _cells(row: Row) -> list[str]:

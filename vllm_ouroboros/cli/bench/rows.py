@@ -185,7 +185,34 @@ def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+def by_task(
+    mine: Mapping[int, RunResult], vanilla: Mapping[int, RunResult], tasks: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Speed and ratio of the prompts of each task; empty where requests cannot be told apart."""
+    found = {}
+    for task in dict.fromkeys(tasks):
+        parts = []
+        for runs in (mine, vanilla):
+            kept = {n: run for n, run in runs.items() if len(run.groups) == len(tasks)}
+            parts.append({n: _only(run, tasks, task) for n, run in kept.items()})
+        if (compared := ratio(*parts)) is not None:
+            found[task] = {
+                "prompts": tasks.count(task),
+                "tokens": sum(tokens for tokens, _ in next(iter(parts[0].values())).groups),
+                "tokens_per_second": median(speed(run) for run in parts[0].values()),
+                **dict(zip(("ratio", "ratio_low", "ratio_high"), compared, strict=True)),
+            }
+    return found
+
+
+def _only(run: RunResult, tasks: Sequence[str], task: str) -> RunResult:
+    groups = [group for group, kind in zip(run.groups, tasks, strict=True) if kind == task]
+    return RunResult(groups, [], [], [])
+
+
+def cell_row(
+    cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any], tasks: Sequence[str] = ()
+) -> dict[str, Any]:
     """The row of a cell over all its rounds; figures are null where there are none."""
     runs = list(cell.runs.values())
     speeds = [speed(run) for run in runs]
@@ -220,6 +247,7 @@ def cell_row(cell: Cell, vanilla: Cell | None, facts: Mapping[str, Any]) -> dict
         "outputs_equal": None if compared_to is None else compared_to - len(different),
         "outputs_total": compared_to,
         "differences": different,
+        "tasks": by_task(cell.runs, vanilla.runs if vanilla is not None else {}, tasks),
         **cell.facts,
         **facts,
     }

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_ouroboros.cli.bench import serve as bench_serve
-from vllm_ouroboros.cli.bench.engine import Place, RunSpec
+from vllm_ouroboros.cli.bench.engine import Place, Prompt, RunSpec, Turns
 from vllm_ouroboros.cli.bench.methods import VANILLA, Method
 from vllm_ouroboros.cli.bench.plan import Plan, visits
 from vllm_ouroboros.cli.bench.process import AnyEngine, Engines, MeasuredEngine
 from vllm_ouroboros.cli.bench.report import all_well, show_report
 from vllm_ouroboros.cli.bench.rows import Cell, Load, cell_row, differences, run_row
 from vllm_ouroboros.cli.engine_process import EngineError
+from vllm_ouroboros.cli.inputs import InputError
 from vllm_ouroboros.cli.provenance import facts
 
 Progressed = Callable[[str, int], None]
@@ -50,6 +51,7 @@ class Bench:
         """All rounds; the rows of runs are written as they come."""
         order = list(visits([m for m in self.plan.methods if not m.missing], self.plan.rounds))
         try:
+            self._converse(progressed)
             for i, (number, method) in enumerate(order):
                 upcoming = [later.engine for _, later in order[i + 1 :]]
                 for cell in self.cells:
@@ -62,7 +64,24 @@ class Bench:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a cell, from what has been measured so far."""
-        return [cell_row(cell, self._vanilla(cell.load), self.about) for cell in self.cells]
+        tasks = self.plan.tasks
+        return [
+            cell_row(cell, self._vanilla(cell.load), self.about, tasks[: cell.load.prompts])
+            for cell in self.cells
+        ]
+
+    def _converse(self, progressed: Progressed) -> None:
+        """Make prompts of later turns, which hold what vanilla answered before."""
+        if not any(self.plan.later):
+            return
+        progressed("answers to first turns: vanilla vLLM", 0)
+        vanilla = next(method for method in self.plan.methods if method.name == VANILLA)
+
+        def answer(prompts: tuple[Prompt, ...]) -> list[str]:
+            engine = self.engines.get(vanilla, [])
+            return engine.texts(Turns(prompts, self.plan.max_tokens))
+
+        self.plan = self.plan.conversed(answer)
 
     def _vanilla(self, load: Load) -> Cell | None:
         same = (c for c in self.cells if c.method.name == VANILLA and c.load == load)
@@ -162,7 +181,7 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
         "ignore_eos": plan.ignore_eos,
         "max_num_seqs": plan.engine(plan.methods[0]).max_num_seqs,
         "enforce_eager": plan.enforce_eager,
-        "prefix_caching": False,
+        "prefix_caching": plan.prefix_caching,
         "temperature": 0.0,
     }
 
@@ -175,6 +194,8 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
     try:
         with _progress(plan, live=not plain and not verbose) as progressed:
             bench.run(progressed)
+    except EngineError as error:
+        raise InputError(f"vanilla vLLM: {error}") from None
     except KeyboardInterrupt as stop:
         interrupted = stop
     rows = _with_dtype(bench.rows(), plan)

@@ -22,7 +22,10 @@ from vllm_ouroboros.cli.shared import (
 def demo(
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to continue; repeat for more. Default: the shipped prompts."),
+        typer.Option(
+            help="Text to continue, or what a user says to a chat model; repeat for more. Default: "
+            "shipped ones."
+        ),
     ] = None,
     model: TargetOption = None,
     draft_model: DraftOption = None,
@@ -31,6 +34,14 @@ def demo(
     rounds: Annotated[
         int, typer.Option(min=1, max=20, help="Timed passes over the prompts; the median counts.")
     ] = 3,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the model's chat template around prompts. Default: if a "
+            "model's folder has one.",
+        ),
+    ] = None,
     svg: Annotated[
         Path | None, typer.Option(help="Draw some texts and the totals into this file.")
     ] = None,
@@ -53,6 +64,7 @@ def demo(
             max_tokens=max_tokens,
             dtype=dtype.value,
             rounds=rounds,
+            chat=chat,
         )
         same = run(job, svg=svg, plain=plain, verbose=verbose)
     except InputError as error:

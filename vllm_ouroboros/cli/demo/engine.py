@@ -20,13 +20,17 @@ NODE_BUDGET = 26
 
 @dataclass(frozen=True)
 class EngineJob:
-    """What one engine generates; without ``ouroboros`` the engine is vanilla."""
+    """What one engine generates; without ``ouroboros`` the engine is vanilla.
+
+    With ``chat`` a prompt is what a user says, else a text to continue.
+    """
 
     model: str
     ouroboros: dict[str, Any] | None
     prompts: tuple[str, ...]
     max_tokens: int
     dtype: str
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,22 @@ class Engine:
         self.before: dict[str, int] = {}  # counters
         self.passes: list[tuple[list[Any], list[float]]] = []
         self.facts = {"device": current_platform.device_type}
-        tokenizer = self.llm.get_tokenizer()
-        for prompt in job.prompts:
-            tokens = len(tokenizer.encode(prompt))
-            if tokens >= length:
+        self.prompts = [self._encode(prompt) for prompt in job.prompts]
+        for text, ids in zip(job.prompts, self.prompts, strict=True):
+            if len(ids) >= length:
                 raise ValueError(
-                    f"a prompt has {tokens} tokens, the demo takes at most {length - 1}: "
-                    f"{prompt[:40]!r}"
+                    f"a prompt has {len(ids)} tokens, the demo takes at most {length - 1}: "
+                    f"{text[:40]!r}"
                 )
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the model's chat template around it if this is a chat."""
+        tokenizer = self.llm.get_tokenizer()
+        if not self.job.chat:
+            return list(tokenizer.encode(prompt))
+        said = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them
 
     def answer(self, wanted: str, done: Callable[[int], object]) -> EngineResult | None:
         """Run a pass, "warm" or "time", or say the "result"."""
@@ -144,7 +156,7 @@ class Engine:
         self.first, _ = self._pass(done)
         if self.ours:
             # The origins of a request are there once another step has run after its last one.
-            self._generate(self.job.prompts[0], max_tokens=1)
+            self._generate(self.prompts[0], max_tokens=1)
             self.origins = vllm_ouroboros.take_origins(self.llm)
             vllm_ouroboros.trace(self.llm, enabled=False)
             self.before = vllm_ouroboros.stats(self.llm)
@@ -185,15 +197,15 @@ class Engine:
         if self.ours:
             vllm_ouroboros.reset_pool(self.llm)
         outputs, seconds = [], []
-        for prompt in self.job.prompts:
+        for prompt in self.prompts:
             start = time.perf_counter()
             outputs.append(self._generate(prompt, self.job.max_tokens))
             seconds.append(time.perf_counter() - start)
             done(1)
         return outputs, seconds
 
-    def _generate(self, prompt: str, max_tokens: int) -> Any:
+    def _generate(self, prompt: list[int], max_tokens: int) -> Any:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        return self.llm.generate([prompt], params, use_tqdm=False)[0]
+        return self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]

@@ -7,18 +7,25 @@ from dataclasses import dataclass
 
 from vllm_ouroboros.cli.demo.engine import EngineJob
 from vllm_ouroboros.cli.inputs import DRAFT, TARGET, InputError, model_reference, shipped_prompts
+from vllm_ouroboros.cli.tasks import has_chat_template, one_of_each, read_tasks
 
 
 @dataclass(frozen=True)
 class Job:
-    """What both engines generate."""
+    """What both engines generate.
+
+    Attributes:
+        prompts: ids and texts.
+        chat: whether a prompt is what a user says to a chat model, or a text to continue.
+    """
 
     model: str
     draft_model: str | None
-    prompts: tuple[tuple[str, str], ...]  # (id, text)
+    prompts: tuple[tuple[str, str], ...]
     max_tokens: int
     dtype: str
     rounds: int
+    chat: bool = False
 
     @classmethod
     def checked(
@@ -30,23 +37,31 @@ class Job:
         max_tokens: int,
         dtype: str,
         rounds: int,
+        chat: bool | None = None,
     ) -> Job:
         """A job from the command line's options; None means the shipped one.
+
+        A model with a chat template chats, unless ``chat`` says otherwise. Without ``prompts`` it
+        gets one of each task; other models get the shipped functions to continue.
 
         Raises:
             InputError: a file is missing or an option makes no sense.
         """
         if draft_model is None:
             draft_model = str(DRAFT) if model is None else "none"
+        target = model_reference(str(TARGET) if model is None else model, "--model")
+        chat = has_chat_template(target) if chat is None else chat
+        shown = _one_of_each_task if chat else shipped_prompts
         return cls(
-            model=model_reference(str(TARGET) if model is None else model, "--model"),
+            model=target,
             draft_model=None
             if draft_model == "none"
             else model_reference(draft_model, "--draft-model"),
-            prompts=_given(prompts) if prompts else shipped_prompts(),
+            prompts=_given(prompts) if prompts else shown(),
             max_tokens=max_tokens,
             dtype=dtype,
             rounds=rounds,
+            chat=chat,
         )
 
     def engine(self, *, ouroboros: bool) -> EngineJob:
@@ -57,6 +72,7 @@ class Job:
             prompts=tuple(text for _, text in self.prompts),
             max_tokens=self.max_tokens,
             dtype=self.dtype,
+            chat=self.chat,
         )
 
 
@@ -65,3 +81,7 @@ def _given(prompts: Sequence[str]) -> tuple[tuple[str, str], ...]:
         if not prompt.strip():
             raise InputError(f"--prompt {prompt!r}: is empty")
     return tuple((f"prompt {i}", prompt) for i, prompt in enumerate(prompts, 1))
+
+
+def _one_of_each_task() -> tuple[tuple[str, str], ...]:
+    return tuple((one.task, one.turns[0]) for one in one_of_each(read_tasks()))

@@ -50,7 +50,7 @@ def save_picture(
         highlight=False, emoji=False, markup=False,
     )  # fmt: skip
     for row in middle(rows):
-        show_text(console, replace(row, prompt=shortened(row.prompt)))
+        show_text(console, replace(row, prompt=shortened(row.prompt)), soft_wrap=False)
     show_totals(console, job, rows, counters)
     picture = console.export_svg(title="vllm-ouroboros demo", theme=MONOKAI, unique_id="demo")
     try:

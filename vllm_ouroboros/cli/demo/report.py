@@ -31,6 +31,7 @@ class Comparison:
     prompt: str
     vanilla: Generation
     ouroboros: Generation
+    chat: bool = False
 
     @property
     def identical(self) -> bool:
@@ -60,12 +61,8 @@ class Comparison:
 
 def compare(job: Job, vanilla: EngineResult, ouroboros: EngineResult) -> list[Comparison]:
     """Each prompt of a job through both engines."""
-    return [
-        Comparison(name, prompt, *pair)
-        for (name, prompt), *pair in zip(
-            job.prompts, vanilla.generations, ouroboros.generations, strict=True
-        )
-    ]
+    found = zip(job.prompts, vanilla.generations, ouroboros.generations, strict=True)
+    return [Comparison(*prompt, one, other, job.chat) for prompt, one, other in found]
 
 
 def show_report(
@@ -74,17 +71,22 @@ def show_report(
     """Show everything on the console; ``counters`` are Ouroboros's over the timed passes."""
     for row in rows:
         show_text(console, row)
-    _show_prompts(console, rows)
+    _show_prompts(console, job, rows)
     show_totals(console, job, rows, counters)
 
 
-def show_text(console: Console, row: Comparison) -> None:
-    """Prompt and text, each token in the colour of its origin, and what it is made of."""
+def show_text(console: Console, row: Comparison, *, soft_wrap: bool = True) -> None:
+    """Prompt and text, each token in the colour of its origin, and what it is made of.
+
+    With ``soft_wrap`` long lines are left to the terminal.
+    """
     console.print(Rule(row.id, style="dim", align="left"))
     text = Text().append(row.prompt, style="dim")
+    if row.chat:
+        text.append("\n\n")
     for piece, origin in zip(row.ouroboros.pieces, row.ouroboros.origins, strict=True):
         text.append(piece, style=ORIGINS[origin][1])
-    console.print(text, soft_wrap=True)
+    console.print(text, soft_wrap=soft_wrap)
     counts = Counter(row.ouroboros.origins)
     legend = Text("\n")
     for origin, (name, style) in enumerate(ORIGINS):
@@ -116,9 +118,10 @@ def _show_difference(console: Console, row: Comparison) -> None:
             )
 
 
-def _show_prompts(console: Console, rows: Sequence[Comparison]) -> None:
-    table = Table(title="Each prompt, tokens/s", title_justify="left", box=None, pad_edge=False)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
+def _show_prompts(console: Console, job: Job, rows: Sequence[Comparison]) -> None:
+    one = "task" if job.chat else "prompt"
+    table = Table(title=f"Each {one}, tokens/s", title_justify="left", box=None, pad_edge=False)
+    table.add_column(one, overflow="ellipsis", no_wrap=True)
     for heading in ("tokens", "vanilla", NAMES["ouroboros"], "ratio"):
         table.add_column(heading, justify="right", min_width=len(heading))
     table.add_column("output")
