@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_ouroboros.cli.inputs import ASSETS, InputError
 
@@ -67,3 +69,10 @@ def has_chat_template(model: str) -> bool:
         return bool(config.get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def encode_chat(tokenizer: Any, said: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a conversation, (role, text) each, up to where the answer begins."""
+    messages = [{"role": role, "content": text} for role, text in said]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_ouroboros.cli.engine_process import serve
 from vllm_ouroboros.cli.inputs import usable_length
+from vllm_ouroboros.cli.tasks import encode_chat
 
 Chat = tuple[tuple[str, str], ...]
 """A conversation: (role, text), the last one the user's."""
@@ -224,9 +225,7 @@ class Engine:
         tokenizer = self.llm.get_tokenizer()
         if isinstance(prompt, str):
             return list(tokenizer.encode(prompt))
-        said = [{"role": role, "content": text} for role, text in prompt]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them
+        return encode_chat(tokenizer, prompt)
 
     def _check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

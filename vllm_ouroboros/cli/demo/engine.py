@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_ouroboros.cli.engine_process import serve
 from vllm_ouroboros.cli.inputs import usable_length
+from vllm_ouroboros.cli.tasks import encode_chat
 
 MAX_MODEL_LEN = 1024  # tokens; less where the model knows fewer positions
 NODE_BUDGET = 26
@@ -133,9 +134,7 @@ class Engine:
         tokenizer = self.llm.get_tokenizer()
         if not self.job.chat:
             return list(tokenizer.encode(prompt))
-        said = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them
+        return encode_chat(tokenizer, [("user", prompt)])
 
     def answer(self, wanted: str, done: Callable[[int], object]) -> EngineResult | None:
         """Run a pass, "warm" or "time", or say the "result"."""
