@@ -18,10 +18,10 @@ KINDS = [
 ]  # fmt: skip
 
 
-def test_the_shipped_set_has_nine_tasks() -> None:
+def test_the_shipped_set_has_nine_tasks_of_ten_or_more() -> None:
     tasks = read_tasks()
     assert [one.task for one in one_of_each(tasks)] == KINDS
-    assert all(Counter(one.task for one in tasks)[kind] for kind in KINDS)
+    assert min(Counter(one.task for one in tasks).values()) >= 10
     assert len({one.id for one in tasks}) == len(tasks)
     assert len({one.turns for one in tasks}) == len(tasks)
     assert all(len(one.turns) > 1 for one in tasks if one.task == "chat")
