@@ -9,8 +9,8 @@ its logits included), `host` (this plugin's work, vLLM's sampler included) and `
 scheduler, inputs, the target's logits, processes). Host work has four phases: `propose`, `tree`
 (layout of the trees of the target's forward), `accept` (vLLM's sampler and the walk) and `compact`
 (moves KV). `propose` contains `learn` (phrases from verification, prompts, history), `plan`,
-`absorb`, `choose` and `think` (rounds), `draft_inputs` (slots and attention metadata of draft
-forwards) and `build` (trees). `tokens` and `nodes` are means of a request's step.
+`absorb`, `choose` and `alternatives` (rounds), `draft_inputs` (slots and attention metadata of
+draft forwards) and `build` (trees). `tokens` and `nodes` are means of a request's step.
 """
 
 from __future__ import annotations

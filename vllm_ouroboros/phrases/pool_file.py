@@ -1,7 +1,7 @@
 """The file of a warm phrase pool: read at start, written now and then and at shutdown.
 
 The file is safetensors: metadata that name the format and the tokenizer, and the rows of
-`pool_rows`.
+`file_rows`.
 
 Nothing here raises because of a file; what is wrong is logged, and decoding goes on without it.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from vllm_ouroboros.phrases import file_rows as pool_rows
+from vllm_ouroboros.phrases import file_rows
 from vllm_ouroboros.phrases.pool import PhrasePool
 
 FORMAT = "vllm-ouroboros phrase pool"
@@ -88,7 +88,7 @@ class PoolFile:
             self._warn(f"{error}: starting with no phrases, and the file stays as it is", _FIX)
             return 0
         if tensors is not None:
-            pool_rows.fill(pool, tensors)
+            file_rows.fill(pool, tensors)
         logger.info("pool_path %s: starting with %d phrases", self.path, len(pool))
         if not os.access(folder := self.path.parent, os.W_OK | os.X_OK):
             why = "no permission to write in" if folder.is_dir() else "there is no directory"
@@ -102,7 +102,7 @@ class PoolFile:
         `flush` waits until the disk has the new file before it takes the place of the old one.
         """
         self._wait()
-        return self._write(pool_rows.snapshot(pool.arrays), _insertions(pool), flush=flush)
+        return self._write(file_rows.snapshot(pool.arrays), _insertions(pool), flush=flush)
 
     def due(self) -> bool:
         """Whether it is time for a periodic save."""
@@ -117,7 +117,7 @@ class PoolFile:
         self._next = self._clock() + SAVE_INTERVAL_S
         if (self._thread and self._thread.is_alive()) or _insertions(pool) == self._saved:
             return False
-        work = (pool_rows.snapshot(pool.arrays), _insertions(pool))
+        work = (file_rows.snapshot(pool.arrays), _insertions(pool))
         thread = threading.Thread(target=self._write, args=work, daemon=True)
         try:
             thread.start()
@@ -162,7 +162,7 @@ class PoolFile:
                 header = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
                 self._check_header(header)
                 tensors = safetensors.numpy.load(size + header + file.read())
-            pool_rows.check(tensors, self.vocab_size)
+            file_rows.check(tensors, self.vocab_size)
         except FileNotFoundError:
             return None
         except _ForeignError:
@@ -200,7 +200,7 @@ class PoolFile:
         self, snapshot: tuple[np.ndarray, ...], insertions: int, *, flush: bool = True
     ) -> bool:
         try:
-            tensors = pool_rows.rows_of(snapshot, self.vocab_size)
+            tensors = file_rows.rows_of(snapshot, self.vocab_size)
             if not tensors["keys"].size:
                 return False
             self._refuse_foreign()

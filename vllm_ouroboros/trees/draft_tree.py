@@ -32,7 +32,7 @@ class DraftTree(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     parents: np.ndarray  # int32 [n], index of the parent node or ROOT
     sources: np.ndarray  # int32 [n], NodeSource
-    kinds: np.ndarray | None = None  # int32 [n], see `estimates`; None: unknown
+    kinds: np.ndarray | None = None  # int32 [n], see `node_kinds`; None: unknown
 
     @classmethod
     def chain(cls, tokens) -> DraftTree:

@@ -1,6 +1,6 @@
 """Drafting without an engine: the drafts of all requests, and the pool that feeds them.
 
-One call of the proposer runs a few rounds (`rounds`) that grow a chain for each request, makes
+One call of the proposer runs a few rounds (`round_rows`) that grow a chain for each request, makes
 trees of the chains (`lengthening`), and after verification learns from them.
 """
 

@@ -146,8 +146,6 @@ class Engine:
     def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
         """Warm up if this batch size is new, put the pool into its state, then measure."""
         self._check(run.prompts + run.before)
-        if self.prefix_caching:
-            self.llm.reset_prefix_cache()
         if run.batch not in self.warm:
             self._serve(warm_up_prompts(run.batch), run.batch, WARM_UP_TOKENS)
             self.warm.add(run.batch)
@@ -157,6 +155,8 @@ class Engine:
             vllm_ouroboros.reset_pool(self.llm)
         if run.before:
             self._serve(run.before, len(run.before), run.max_tokens, run.ignore_eos)
+        if self.prefix_caching:  # what filled the pool may be the very prompts that are measured
+            self.llm.reset_prefix_cache()
         before = self._counters()
         groups, outputs = [], []
         for part in [run.prompts] if run.batch > 1 else [(prompt,) for prompt in run.prompts]:

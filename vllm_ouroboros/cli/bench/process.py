@@ -36,7 +36,7 @@ class AnyEngine(Protocol):
 
 
 class MeasuredEngine(EngineProcess):
-    """A `bench_engine.Engine` in a process of its own; see there."""
+    """An `engine.Engine` in a process of its own; see there."""
 
     def __init__(self, spec: EngineSpec, *, timeout: float, verbose: bool) -> None:
         models = [spec.model, (spec.ouroboros or {}).get("draft_model")]

@@ -233,7 +233,8 @@ def _progress(plan: Plan, *, live: bool) -> Iterator[Progressed]:
         yield lines
         return
     runs = plan.rounds * sum(not m.missing for m in plan.methods)
-    prompts = sum(len(plan.prompts[: load.prompts]) for load in plan.loads)
+    whole = len(plan.prompts) + sum(map(len, plan.later))
+    prompts = sum(min(whole, load.prompts or whole) for load in plan.loads)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} prompts"), TimeElapsedColumn(),

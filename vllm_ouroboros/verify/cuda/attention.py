@@ -138,7 +138,7 @@ class TreeFlashImpl(TreeRows, FlashAttentionImpl):
 
 
 class TreeTritonBuilder(TritonAttentionMetadataBuilder):
-    """Full CUDA graphs for uniform batches of trees; see `CUDARunner`."""
+    """Full CUDA graphs for uniform batches of trees; see `OuroborosCUDARunner`."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
