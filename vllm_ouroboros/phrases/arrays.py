@@ -27,6 +27,7 @@ class PoolArrays(NamedTuple):
     sources: np.ndarray  # int8 [S, G], PhraseSource
     times: np.ndarray  # uint8 [S, G], that it was seen behind its key, of late
     tokens: np.ndarray  # int32 [S, G, β]
+    owners: np.ndarray  # int32 [S, G], number of the request that wrote each last, or 0
     clock: np.ndarray  # int64 [1]
     inserted: np.ndarray  # int64 [4], insertions by PhraseSource
     hits: np.ndarray  # int64 [2], lookups and those that found a phrase

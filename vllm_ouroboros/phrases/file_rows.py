@@ -78,4 +78,14 @@ def _insert_all(pool, keys, lengths, sources, times, tokens):
     for row in range(keys.shape[0]):
         key = np.int64(keys[row]) & 0xFFFFFFFF
         first = row * tokens.shape[1]
-        insert(pool, 0, key, texts, first, lengths[row], sources[row], np.int64(times[row]))
+        insert(
+            pool,
+            0,
+            key,
+            texts,
+            first,
+            lengths[row],
+            sources[row],
+            np.int64(times[row]),
+            np.int32(0),
+        )

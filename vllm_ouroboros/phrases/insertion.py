@@ -15,14 +15,14 @@ _WINDOW = int(PhraseSource.WINDOW)
 
 
 @njit(cache=True)
-def insert(pool, scope, token, phrase, start, length, source, times):
+def insert(pool, scope, token, phrase, start, length, source, times, owner):
     """Put ``phrase[start:start+length]``, seen so many ``times``, among the phrases of ``token``.
 
-    It becomes the first; a guess of the window only the first of the guesses. A phrase that
-    repeats, extends or is the beginning of one already there takes its place, and its times come
-    on top: the longer of the two is kept, and a guess never moves a phrase that is none. A new
-    phrase pushes out the last one when the slot is full, unless it is a guess and the slot holds
-    none.
+    It becomes the first, and that of request ``owner``; a guess of the window only the first of the
+    guesses. A phrase that repeats, extends or is the beginning of one already there takes its
+    place, and its times come on top: the longer of the two is kept, and a guess never moves a
+    phrase that is none. A new phrase pushes out the last one when the slot is full, unless it is a
+    guess and the slot holds none.
     """
     length = min(length, pool.tokens.shape[2])
     if length <= 0:
@@ -66,6 +66,7 @@ def insert(pool, scope, token, phrase, start, length, source, times):
         pool.lengths[slot, g] = pool.lengths[slot, g - 1]
         pool.sources[slot, g] = pool.sources[slot, g - 1]
         pool.times[slot, g] = pool.times[slot, g - 1]
+        pool.owners[slot, g] = pool.owners[slot, g - 1]
     pool.lengths[slot, target] = kept
     pool.sources[slot, target] = source
     if seen > MAX_TIMES:
@@ -73,11 +74,12 @@ def insert(pool, scope, token, phrase, start, length, source, times):
             pool.times[slot, g] //= 2
         seen //= 2
     pool.times[slot, target] = seen
+    pool.owners[slot, target] = owner
     pool.inserted[source] += 1
 
 
 @njit(cache=True)
-def insert_text(pool, scope, text, fed, end, source, contexts=1):
+def insert_text(pool, scope, text, fed, end, source, owner, contexts=1):
     """Feed ``text[:end]``, whose first ``fed`` tokens were fed before.
 
     Each token becomes a key of what follows it, and so do the tokens before it, for the first
@@ -91,4 +93,4 @@ def insert_text(pool, scope, text, fed, end, source, contexts=1):
             if i + 1 >= CONTEXTS[context]:
                 key = key_of(text, i + 1, context)
                 times = np.int64(i + 1 >= fed)  # of one type wherever `insert` is called
-                insert(pool, scope, key, text, i + 1, length, source, times)
+                insert(pool, scope, key, text, i + 1, length, source, times, owner)

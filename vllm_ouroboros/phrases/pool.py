@@ -22,7 +22,7 @@ from vllm_ouroboros.phrases.insertion import insert, insert_text
 class PhrasePool:
     """A pool of at most ``capacity`` keys, rounded up to whole sets.
 
-    Memory in bytes: ``capacity * (20 + G * (6 + 4 * β))``; see `bytes`.
+    Memory in bytes: ``capacity * (20 + G * (10 + 4 * β))``; see `bytes`.
     """
 
     def __init__(self, capacity: int, guess_set_size: int, phrase_len: int) -> None:
@@ -37,6 +37,7 @@ class PhrasePool:
             sources=np.full((slots, guess_set_size), 0, np.int8),
             times=np.full((slots, guess_set_size), 0, np.uint8),
             tokens=np.full((slots, guess_set_size, phrase_len), 0, np.int32),
+            owners=np.full((slots, guess_set_size), 0, np.int32),
             clock=np.zeros(1, np.int64),
             inserted=np.zeros(len(PhraseSource), np.int64),
             hits=np.zeros(2, np.int64),
@@ -61,12 +62,12 @@ class PhrasePool:
         """Put one phrase among those of ``token`` (cut to β tokens); see the function `insert`."""
         tokens = np.asarray(phrase, np.int32)
         times = int(source != PhraseSource.WINDOW)
-        insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source), times)
+        insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source), times, np.int32(0))
 
     def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:
         """Feed a text: every token becomes the key of what follows it."""
         tokens = np.asarray(text, np.int32)
-        insert_text(self.arrays, scope, tokens, 0, len(tokens), int(source))
+        insert_text(self.arrays, scope, tokens, 0, len(tokens), int(source), np.int32(0))
 
     def lookup(self, token: int, scope: int = 0) -> list[tuple[int, ...]]:
         """The phrases of ``token``, the most useful first."""

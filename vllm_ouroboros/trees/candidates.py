@@ -12,6 +12,7 @@ from vllm_ouroboros.trees.node_kinds import (
     BACKOFF_WEIGHTS,
     BASE_SHARE,
     MAX_COUNT_WEIGHT,
+    OWN_WEIGHT,
     SHARE_BOUNDS,
     Evidence,
     grade,
@@ -92,12 +93,13 @@ def draft_candidates(req, s, chain_at, branch_next, children, draft_probs):
 
 
 @njit(cache=True)
-def pool_candidates(pool, scope, context, default_grade, phrase_at, children, shares, count):
+def pool_candidates(pool, scope, owner, context, default_grade, phrase_at, children, shares, count):
     """The pool's children of a node, added to those of the draft model.
 
     Args:
         pool: see `PoolArrays`.
         scope: of the request.
+        owner: its number; see `PoolArrays.owners`.
         context: int32 [n], the last tokens that lead to the node, it included.
         default_grade: of a token that the draft model did not propose here.
         phrase_at: slot, number and next place of the phrase that led here; slot -1 for none.
@@ -126,7 +128,9 @@ def pool_candidates(pool, scope, context, default_grade, phrase_at, children, sh
                     evidence = _WINDOW_GUESS
                 token = pool.tokens[slot, g, 0]
                 count = _add(children, count, token, default_grade, evidence, slot, g, 1)
-            counted |= _blend_counts(pool, slot, BACKOFF_WEIGHTS[order], children, count, shares)
+            counted |= _blend_counts(
+                pool, owner, slot, BACKOFF_WEIGHTS[order], children, count, shares
+            )
     for i in range(count):
         evidence = children[i, EVIDENCE]
         if counted and evidence in (_COUNTED, _NONE):
@@ -135,25 +139,29 @@ def pool_candidates(pool, scope, context, default_grade, phrase_at, children, sh
 
 
 @njit(cache=True)
-def _blend_counts(pool, slot, backoff, children, count, shares):
+def _blend_counts(pool, owner, slot, backoff, children, count, shares):
     """Smooth the counts of a slot, which stands for a longer context, with the ``shares`` so far.
 
     ``backoff`` is the pseudo-count of those. A child goes on along the newest phrase of the longest
     context. Returns whether anything was counted.
     """
-    times, total = np.zeros(shares.shape[0]), 0.0
+    times, own = np.zeros(shares.shape[0]), np.zeros(shares.shape[0])
+    total, own_total = 0.0, 0.0
     for g in range(pool.counts[slot] - 1, -1, -1):  # backwards: the newest comes last
         if pool.sources[slot, g] == _WINDOW or pool.times[slot, g] == 0:
             continue
+        owned = OWN_WEIGHT if pool.owners[slot, g] == owner else 0.0
         total += pool.times[slot, g]
+        own_total += owned
         for i in range(count):
             if children[i, TOKEN] == pool.tokens[slot, g, 0]:
                 times[i] += pool.times[slot, g]
+                own[i] += owned
                 children[i, SLOT], children[i, PHRASE], children[i, PLACE] = slot, g, 1
     weight = min(1.0, MAX_COUNT_WEIGHT / max(total, 1.0))
     for i in range(shares.shape[0]):
-        weighted = weight * times[i] + backoff * shares[i]
-        shares[i] = weighted / (weight * total + backoff)
+        weighted = weight * times[i] + own[i] + backoff * shares[i]
+        shares[i] = weighted / (weight * total + own_total + backoff)
     return total > 0
 
 

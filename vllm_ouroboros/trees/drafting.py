@@ -60,6 +60,7 @@ class Drafting:
         self.stops = np.asarray(stops, np.int32)
         self.state = RequestState.empty(size, budget, beta, window_size)
         self._free = list(range(size - 1, -1, -1))
+        self._admitted = 0
 
     def carried(self, width: RoundWidth) -> tuple[int, int]:
         """Columns of the window and phrases of the pool that a round carries for a request."""
@@ -84,6 +85,7 @@ class Drafting:
         for array in (state.committed, state.in_pool, state.window_levels):
             array[slot] = 0
         state.scope[slot] = scope
+        state.owner[slot] = self._admitted = self._admitted % (2**31 - 1) + 1
         self.reset(slot, 0)
         return slot
 
@@ -102,7 +104,7 @@ class Drafting:
         fed = self.state.in_pool
         insert_text(
             self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
-            self.contexts,
+            self.state.owner[slot], self.contexts,
         )  # fmt: skip
         fed[slot] = length
 
@@ -215,7 +217,7 @@ class Drafting:
     def learn(self, slot: int, root: int, tree: DraftTree, predicted) -> None:
         """Turn a verified tree into phrases; ``predicted`` int32 [n + 1], the target per row."""
         learn(
-            self.pool.arrays, self.state.scope[slot], root,
+            self.pool.arrays, self.state.scope[slot], self.state.owner[slot], root,
             tree.tokens, tree.parents, tree.sources, len(tree.tokens), predicted,
         )  # fmt: skip
 

@@ -17,12 +17,13 @@ _VERIFICATION = int(PhraseSource.VERIFICATION)
 
 
 @njit(cache=True)
-def learn(pool, scope, root, tokens, parents, sources, size, predicted):
+def learn(pool, scope, owner, root, tokens, parents, sources, size, predicted):
     """Turn a verified tree into phrases.
 
     Args:
         pool: see `PoolArrays`.
         scope: of the request.
+        owner: number of the request; see `PoolArrays.owners`.
         root: the last committed token.
         tokens: int32 [n], the tree's; parents and sources likewise.
         parents: int32 [n].
@@ -52,15 +53,15 @@ def learn(pool, scope, root, tokens, parents, sources, size, predicted):
                 if at < 0:
                     break
             if length > 1:
-                insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION, 1)
+                insert(pool, scope, tokens[node], phrase, 0, length, _VERIFICATION, 1, owner)
     for node in range(-1, size):
         if tried[node + 1]:
             key = tokens[node] if node >= 0 else root
-            _correct(pool, scope, key, node, tokens, parents, size, predicted)
+            _correct(pool, scope, owner, key, node, tokens, parents, size, predicted)
 
 
 @njit(cache=True)
-def _correct(pool, scope, key, start, tokens, parents, size, predicted):
+def _correct(pool, scope, owner, key, start, tokens, parents, size, predicted):
     """Compare the phrases of ``key`` that the tree holds below ``start`` with the target."""
     slot = find(pool, scope, key)
     if slot < 0:
@@ -78,4 +79,4 @@ def _correct(pool, scope, key, start, tokens, parents, size, predicted):
             corrected[i] = predicted[node + 1]
             held += 1
             node = child
-        insert(pool, scope, key, corrected, 0, held, _VERIFICATION, 0)
+        insert(pool, scope, key, corrected, 0, held, _VERIFICATION, 0, owner)

@@ -31,15 +31,19 @@ class Evidence(IntEnum):
     COUNTED = 5  # it was counted behind the tokens before it; the smallest share
 
 
-BASE_SHARE = 0.3
+BASE_SHARE = 0.1
 """Share of a token that was not counted behind any context."""
-BACKOFF_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+BACKOFF_WEIGHTS = (4.0, 3.0, 2.0, 1.0, 0.5)
 """Pseudo-counts of the share by shorter contexts, for each of `CONTEXTS`: a token's share is its
 part of what was counted behind a context, smoothed with that of the next shorter context (the
 Dirichlet prior of hierarchical language models)."""
 MAX_COUNT_WEIGHT = 3.0
-"""Observations that the counts behind one context weigh, at most. It and `BACKOFF_WEIGHTS` were
-tuned on traces of the shipped pair (64 HumanEval prompts, batch 8) by scripts/simulate."""
+"""Observations that the counts behind one context weigh, at most."""
+OWN_WEIGHT = 1.5
+"""Observations that a phrase counts for on top where the request itself wrote it, or its prompt: a
+text is more like itself than like others. It and the three above were tuned by scripts/simulate on
+traces of SmolLM2-135M-Instruct (54 chat prompts in eight tasks) and of the shipped pair (HumanEval
+prompts), at batch 1 and 8."""
 SHARE_BOUNDS = 1 / (1 + np.exp(-np.array(
     [-3.0, -2.0, -1.3, -0.7, -0.2, 0.3, 0.8, 1.3, 1.8, 2.4, 3.0, 3.7, 4.5, 5.5]
 )))  # fmt: skip

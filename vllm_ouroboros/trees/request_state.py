@@ -17,6 +17,7 @@ class RequestState(NamedTuple):
     """State of S requests; B is the node budget, β and W the window's levels and columns."""
 
     scope: np.ndarray  # int64 [S], phrases are shared within a scope
+    owner: np.ndarray  # int32 [S], number of the request, as `PoolArrays.owners` has it
     committed: np.ndarray  # int32 [S], tokens n of the text
     cached: np.ndarray  # int32 [S], tokens whose draft KV is valid
     kv_capacity: np.ndarray  # int32 [S], positions that have a draft KV slot
@@ -45,6 +46,7 @@ class RequestState(NamedTuple):
         branches = (slots, len(BRANCHES), max(BRANCHES))
         return cls(
             scope=np.zeros(slots, np.int64),
+            owner=np.zeros(slots, np.int32),
             committed=np.zeros(slots, np.int32),
             cached=np.zeros(slots, np.int32),
             kv_capacity=np.zeros(slots, np.int32),

@@ -221,7 +221,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
                 phrase[level - 1] = req.window[s, level, j]
             phrase[beta - 1] = fresh[j]
             key = out.tokens[current] if j == 0 else req.window[s, 0, j]
-            insert(pool, req.scope[s], key, phrase, 0, beta, _WINDOW, 0)
+            insert(pool, req.scope[s], key, phrase, 0, beta, _WINDOW, 0, req.owner[s])
         for level in range(beta - 1):
             req.window[s, level] = req.window[s, level + 1]
         req.window[s, beta - 1] = fresh

@@ -36,10 +36,10 @@ def test_a_text_fed_in_pieces_gives_the_phrases_of_the_whole(text, beta, cuts, c
     """With room for all phrases, feeding piece by piece ends in the same phrases."""
     tokens, source = np.array(text, np.int32), int(PhraseSource.PROMPT)
     whole, pieces = PhrasePool(1024, 64, beta), PhrasePool(1024, 64, beta)
-    insert_text(whole.arrays, 0, tokens, 0, len(text), source, contexts)
+    insert_text(whole.arrays, 0, tokens, 0, len(text), source, 1, contexts)
     fed = 0
     for end in [*sorted(c for c in cuts if c < len(text)), len(text)]:
-        insert_text(pieces.arrays, 0, tokens, fed, end, source, contexts)
+        insert_text(pieces.arrays, 0, tokens, fed, end, source, 1, contexts)
         fed = end
     expected = {key: sorted(phrases) for key, phrases in contents(whole).items()}
     assert {key: sorted(phrases) for key, phrases in contents(pieces).items()} == expected
@@ -90,7 +90,7 @@ def test_neighbours_have_keys_of_their_own(length) -> None:
 
 def test_a_text_is_found_by_one_token_and_by_several() -> None:
     pool, text = PhrasePool(512, 3, 2), np.array([1, 2, 3, 9, 2, 4, 5], np.int32)
-    insert_text(pool.arrays, 7, text, 0, len(text), int(PhraseSource.HISTORY), 3)
+    insert_text(pool.arrays, 7, text, 0, len(text), int(PhraseSource.HISTORY), 1, 3)
     assert pool.lookup(2, 7) == [(4, 5), (3, 9)]
     assert pool.lookup(key(1, 2), 7) == [(3, 9)]
     assert pool.lookup(key(9, 2), 7) == [(4, 5)]

@@ -187,14 +187,14 @@ def test_feeding_one_token_at_a_time_costs_beta_insertions_a_token() -> None:
     pool, beta = PhrasePool(64, 4, 3), 3
     text = np.arange(100, dtype=np.int32) % 17
     for end in range(1, 101):
-        insert_text(pool.arrays, 0, text, end - 1, end, int(PhraseSource.HISTORY))
+        insert_text(pool.arrays, 0, text, end - 1, end, int(PhraseSource.HISTORY), 1)
     assert pool.inserted()["history"] <= 100 * beta
 
 
 def test_insert_takes_a_slice_of_a_longer_array() -> None:
     pool = PhrasePool(8, 2, 3)
     buffer = np.array([9, 9, 1, 2, 3, 4, 9], np.int32)
-    insert(pool.arrays, 0, 5, buffer, 2, 4, int(PhraseSource.WINDOW), 0)
+    insert(pool.arrays, 0, 5, buffer, 2, 4, int(PhraseSource.WINDOW), 0, 1)
     assert pool.lookup(5) == [(1, 2, 3)]
     assert pool.inserted() == {"prompt": 0, "window": 1, "verification": 0, "history": 0}
 
@@ -202,7 +202,7 @@ def test_insert_takes_a_slice_of_a_longer_array() -> None:
 @pytest.mark.parametrize("length", [0, -1])
 def test_an_empty_phrase_is_nothing(length) -> None:
     pool = PhrasePool(8, 2, 3)
-    insert(pool.arrays, 0, 5, np.zeros(3, np.int32), 0, length, int(PhraseSource.WINDOW), 0)
+    insert(pool.arrays, 0, 5, np.zeros(3, np.int32), 0, length, int(PhraseSource.WINDOW), 0, 1)
     assert len(pool) == 0
     assert contents(pool) == {}
     assert pool.inserted()["window"] == 0

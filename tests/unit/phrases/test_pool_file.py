@@ -257,8 +257,8 @@ def pair_key(before: int, token: int) -> int:
 def test_phrases_that_two_tokens_lead_to_come_back(path, log) -> None:
     """With those of single tokens, in their order of use; they stand below zero in the file."""
     pool, text = PhrasePool(64, 3, 4), np.array([5, 6, 7, 5, 6, 9], np.int32)
-    insert_text(pool.arrays, 0, text, 0, len(text), int(PhraseSource.HISTORY), 2)
-    insert_text(pool.arrays, 3, text, 0, len(text), int(PhraseSource.HISTORY), 2)
+    insert_text(pool.arrays, 0, text, 0, len(text), int(PhraseSource.HISTORY), 1, 2)
+    insert_text(pool.arrays, 3, text, 0, len(text), int(PhraseSource.HISTORY), 1, 2)
     pool.insert(pair_key(8, 9), [1, 2], PhraseSource.WINDOW)
     pool.insert(pair_key(9, 8), [VOCAB], PhraseSource.PROMPT)  # is not saved
     assert make(path).save(pool)

@@ -35,12 +35,16 @@ from ..helpers.fakes import node_paths
 from ..helpers.tree_oracle import reference
 
 
+OWNER = 7
+
+
 def world_of(pool: PhrasePool, text=((1, 2),), budget: int = 16, stops: tuple[int, ...] = ()):
     """A request whose every node is as likely as not."""
     drafting = Drafting(
         pool, max_requests=4, budget=budget, draft_tokens=4, num_suffixes=2, window_size=2,
         max_len=64, stops=stops, contexts=len(CONTEXTS),
     )  # fmt: skip
+    drafting.state.owner[:] = OWNER
     drafting.start(0, 2, budget, 64)
     return SimpleNamespace(
         drafting=drafting, slots=np.zeros(1, np.int64), rows=np.zeros(1, np.int64), alone=False,
@@ -145,12 +149,12 @@ def looked(world) -> dict[tuple[int, ...], tuple[int, int, int]]:
 PAIR = key_of(np.array([1, 2], np.int32), 2, 1)
 
 
-def counted(*parts: float | None) -> int:
-    """Evidence of a token that is such a part of what was counted once, in contexts that grow."""
+def counted(*parts: float | None, times: int = 1) -> int:
+    """Evidence of a token that is such a part of what was counted, in contexts that grow."""
     share = BASE_SHARE
     for part, otherwise in zip(parts, BACKOFF_WEIGHTS, strict=False):
         if part is not None:
-            share = (part + otherwise * share) / (1 + otherwise)
+            share = (times * part + otherwise * share) / (times + otherwise)
     return Evidence.COUNTED + int((share > SHARE_BOUNDS).sum())
 
 
@@ -161,7 +165,7 @@ ON, GUESSED_ON = Evidence.CONTINUES_PHRASE, Evidence.CONTINUES_GUESS
     "key, source, newer, expected",
     [
         (2, PhraseSource.PROMPT, [], [counted(1), ON, ON]),
-        (2, PhraseSource.HISTORY, [9], [counted(0.5), ON, ON]),
+        (2, PhraseSource.HISTORY, [9], [counted(0.5, times=2), ON, ON]),
         (2, PhraseSource.WINDOW, [], [Evidence.WINDOW_GUESS, GUESSED_ON, GUESSED_ON]),
         (PAIR, PhraseSource.HISTORY, [], [counted(None, 1), ON, ON]),
     ],
@@ -186,7 +190,7 @@ def test_what_is_counted_of_a_token_grows_with_its_times_and_its_context() -> No
             for i in range(times):
                 head = np.full(length, 30 + i, np.int32)
                 fed = np.concatenate([head, text[25 - length : 25], [7]])
-                insert_text(pool.arrays, 0, fed.astype(np.int32), 0, len(fed), 3, context + 1)
+                insert_text(pool.arrays, 0, fed.astype(np.int32), 0, len(fed), 3, 0, context + 1)
             world = world_of(pool, text[None, :25])
             world.drafting.start(0, 25, 16, 64)
             evidence[length, times] = looked(world)[(7,)][1]
@@ -196,9 +200,23 @@ def test_what_is_counted_of_a_token_grows_with_its_times_and_its_context() -> No
     assert all(evidence[length, 1] < evidence[length, 3] for length in CONTEXTS[:-1])
 
 
+def test_what_the_request_wrote_itself_counts_more_than_what_another_did_later() -> None:
+    """Whoever wrote a phrase last owns it, so the order of the two does not matter here."""
+    own, other = np.array([3], np.int32), np.array([4], np.int32)
+    evidence = {}
+    for owner in (OWNER, 0):
+        pool = PhrasePool(64, 3, 4)
+        insert(pool.arrays, 0, 2, own, 0, 1, int(PhraseSource.HISTORY), 1, owner)
+        insert(pool.arrays, 0, 2, other, 0, 1, int(PhraseSource.HISTORY), 1, 0)
+        found = looked(world_of(pool))
+        evidence[owner] = [found[(token,)][1] for token in (3, 4)]
+    assert evidence[0][0] == evidence[0][1] == counted(0.5, times=2)
+    assert evidence[OWNER][1] < evidence[0][1] < evidence[OWNER][0]
+
+
 def test_the_target_said_so_elsewhere_is_little_and_guesses_count_for_nothing() -> None:
     pool = PhrasePool(64, 4, 2)
-    insert(pool.arrays, 0, 2, np.array([3], np.int32), 0, 1, int(PhraseSource.VERIFICATION), 0)
+    insert(pool.arrays, 0, 2, np.array([3], np.int32), 0, 1, int(PhraseSource.VERIFICATION), 0, 0)
     pool.insert(2, [4], PhraseSource.WINDOW)
     assert looked(world_of(pool)) == {
         (3,): (WITHOUT_DRAFT, Evidence.CORRECTION, NodeSource.SUFFIX),
