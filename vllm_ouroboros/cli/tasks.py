@@ -73,6 +73,11 @@ def has_chat_template(model: str) -> bool:
 
 def encode_chat(tokenizer: Any, said: Sequence[tuple[str, str]]) -> list[int]:
     """Token ids of a conversation, (role, text) each, up to where the answer begins."""
-    messages = [{"role": role, "content": text} for role, text in said]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = chat_text(tokenizer, said)
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has them
+
+
+def chat_text(tokenizer: Any, said: Sequence[tuple[str, str]]) -> str:
+    """A conversation in the model's chat template, up to where the answer begins."""
+    messages = [{"role": role, "content": text} for role, text in said]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -34,7 +34,6 @@ from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 from ..helpers.fakes import node_paths
 from ..helpers.tree_oracle import reference
 
-
 OWNER = 7
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from vllm_ouroboros.cli.engine_process import serve
@@ -81,18 +82,20 @@ class RunResult:
 
     Attributes:
         groups: tokens and seconds of what can be told apart: each request at batch 1, else the run.
+        group_counters: ``counters`` of each group, where they were taken.
         outputs: token ids (or text, where that is all there is) of each prompt.
-        first: seconds to the first token, of each request that has one.
-        each: seconds for each token after the first, of each request that has two.
+        first: seconds to the first token of each request, None without one.
+        each: seconds for each token after the first of each request, None without two.
         counters: differences over the run; see `METRICS` and ``vllm_ouroboros.stats``.
         costs: of our engine after the run; see `vllm_ouroboros.policy.forward_costs.Costs.as_dict`.
     """
 
     groups: list[tuple[int, float]]
     outputs: list[Any]
-    first: list[float]
-    each: list[float]
+    first: list[float | None]
+    each: list[float | None]
     counters: dict[str, int] = field(default_factory=dict)
+    group_counters: list[dict[str, int]] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -157,7 +160,7 @@ class Engine:
             self._serve(run.before, len(run.before), run.max_tokens, run.ignore_eos)
         if self.prefix_caching:  # what filled the pool may be the very prompts that are measured
             self.llm.reset_prefix_cache()
-        before = self._counters()
+        snapshots = [self._counters()]
         groups, outputs = [], []
         for part in [run.prompts] if run.batch > 1 else [(prompt,) for prompt in run.prompts]:
             start = time.perf_counter()
@@ -165,13 +168,14 @@ class Engine:
             seconds = time.perf_counter() - start
             groups.append((sum(len(o.outputs[0].token_ids) for o in found), seconds))
             outputs += found
-        after = self._counters()
+            snapshots.append(self._counters())
         return RunResult(
             groups=groups,
             outputs=[list(o.outputs[0].token_ids) for o in outputs],
-            first=[o.metrics.first_token_latency for o in outputs if o.metrics is not None],
-            each=time_per_token(outputs),
-            counters={name: after[name] - before.get(name, 0) for name in after},
+            first=[o.metrics and o.metrics.first_token_latency for o in outputs],
+            each=[time_per_token(output) for output in outputs],
+            counters=_difference(snapshots[0], snapshots[-1]),
+            group_counters=[_difference(*pair) for pair in pairwise(snapshots)],
             costs=self.llm.collective_rpc("ouroboros_costs")[0] if self.ours else {},
         )
 
@@ -257,12 +261,13 @@ def read_metrics(metrics: Sequence[Any]) -> dict[str, int]:
     return found
 
 
-def time_per_token(outputs: Sequence[Any]) -> list[float]:
-    """Seconds for each token after the first, of requests with two or more."""
-    found = []
-    for output in outputs:
-        tokens = len(output.outputs[0].token_ids)
-        if output.metrics is not None and tokens > 1:
-            spent = output.metrics.last_token_ts - output.metrics.first_token_ts
-            found.append(spent / (tokens - 1))
-    return found
+def time_per_token(output: Any) -> float | None:
+    """Seconds for each token of a request after the first; None if it has no other."""
+    tokens = len(output.outputs[0].token_ids)
+    if output.metrics is None or tokens < 2:
+        return None
+    return float((output.metrics.last_token_ts - output.metrics.first_token_ts) / (tokens - 1))
+
+
+def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before.get(name, 0) for name in after}

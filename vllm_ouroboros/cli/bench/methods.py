@@ -97,10 +97,15 @@ def build(
 ) -> list[Method]:
     """All methods of those names, each setting one; ``others`` is the number of warm-up prompts.
 
+    Without a draft model all of ours draw on the phrase pool alone: "lookahead" is then the same as
+    "ouroboros-cold", and left out where that is there.
+
     Raises:
         ConfigError: options of Ouroboros that cannot work.
     """
     found: list[Method] = []
+    if draft_model is None and "ouroboros-cold" in names:
+        names = [name for name in names if name != "lookahead"]
     for name in dict.fromkeys(names):
         if name == VANILLA:
             found.append(Method(VANILLA))
@@ -160,7 +165,6 @@ def _ours(
         options = options | {"draft_model": None}
     elif "draft_model" not in options:  # else it is a setting, null included
         options = options | {"draft_model": draft_model}
-        missing = "no draft model: give --draft-model" if draft_model is None else None
     if options.get("pool_path") is not None:
         raise ConfigError(
             f"ouroboros.pool_path = {options['pool_path']!r}: the benchmark says itself what a "

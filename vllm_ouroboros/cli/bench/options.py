@@ -84,8 +84,9 @@ def checked_plan(
         later: tuple[tuple[str, ...], ...] = ()
         texts: tuple[Prompt, ...]
         if tasks is not None:
-            given = {"--prompts": prompts, "--rates": rates}
-            conversations = _tasks(tasks, target, [name for name, v in given.items() if v])
+            if prompts is not None:
+                raise InputError(f"--tasks {tasks}: excludes --prompts; give one of them")
+            conversations = _tasks(tasks, target)
             texts = tuple((("user", one.turns[0]),) for one in conversations)
             kinds = tuple(one.task for one in conversations[: chosen["limit"]])
             later = tuple(one.turns[1:] for one in conversations[: chosen["limit"]])
@@ -131,10 +132,8 @@ def checked_plan(
     )
 
 
-def _tasks(text: str, target: str, excluded: list[str]) -> list[Task]:
+def _tasks(text: str, target: str) -> list[Task]:
     """Conversations of the tasks named, or of "all", one of each task in turn."""
-    if excluded:
-        raise InputError(f"--tasks {text}: excludes {', '.join(excluded)}; give one of them")
     if not has_chat_template(target):
         raise InputError(f"--tasks {text}: {target} has no chat template; pass a chat model")
     found: dict[str, list[Task]] = {}

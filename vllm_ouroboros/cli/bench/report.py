@@ -17,6 +17,15 @@ HEADINGS = (
     "draft fwd/token", "nodes/token", "MiB", "outputs",
 )  # fmt: skip
 
+BY_TASK = {
+    "ratio": ("times vanilla vLLM", 2),
+    "tokens_per_target_forward": ("tokens/target fwd", 2),
+    "verified_nodes_per_token": ("nodes/token", 2),
+    "first_token_ms": ("first token ms", 0),
+    "time_per_token_ms": ("ms/token", 1),
+}
+"""Figures of a task, and what they are called; some exist at batch 1 alone."""
+
 
 def best_rows(rows: Sequence[Row]) -> list[Row]:
     """Of each method and load the row with the most tokens per second, else one that says why not.
@@ -41,7 +50,7 @@ def show_report(console: Console, rows: Sequence[Row]) -> None:
     for load in dict.fromkeys((row["batch"], row["rate"]) for row in shown):
         batch, rate = load
         table = Table(
-            title=f"batch {batch}" if rate is None else f"{rate:g} requests/s",
+            title=_load({"batch": batch, "rate": rate}),
             title_justify="left", box=None, pad_edge=False,
         )  # fmt: skip
         table.add_column("method, best setting", overflow="fold")
@@ -63,22 +72,23 @@ def show_report(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _show_tasks(console: Console, rows: Sequence[Row]) -> None:
-    """Ratios by task, of the rows of one load that have them."""
+    """Figures by task, of the rows of one load that have them."""
     rows = [row for row in rows if row.get("tasks")]
-    if not rows:
-        return
-    tasks = [*rows[0]["tasks"]]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method, best setting", overflow="fold")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for row in rows:
-        name = f"{TITLES[row['method']]} {row['setting']}".strip()
-        ratios = [row["tasks"].get(task, {}).get("ratio") for task in tasks]
-        table.add_row(name, *(_number(ratio) for ratio in ratios))
-    console.print(f"batch {rows[0]['batch']}, times vanilla vLLM by task", style="italic")
-    console.print(table)
-    console.print()
+    tasks = [*rows[0]["tasks"]] if rows else []
+    for figure, (title, digits) in BY_TASK.items():
+        found = [[row["tasks"].get(task, {}).get(figure) for task in tasks] for row in rows]
+        if not any(value is not None for values in found for value in values):
+            continue
+        table = Table(box=None, pad_edge=False)
+        table.add_column("method, best setting", overflow="fold")
+        for task in tasks:
+            table.add_column(task, justify="right")
+        for row, values in zip(rows, found, strict=True):
+            name = f"{TITLES[row['method']]} {row['setting']}".strip()
+            table.add_row(name, *(_number(value, digits) for value in values))
+        console.print(f"{_load(rows[0])}, {title} by task", style="italic")
+        console.print(table)
+        console.print()
 
 
 def _cells(row: Row) -> list[str]:
@@ -104,8 +114,11 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def row_title(row: Row) -> str:
     """Method, setting and load in words."""
-    load = f"batch {row['batch']}" if row["rate"] is None else f"{row['rate']:g} requests/s"
-    return ", ".join(filter(None, (TITLES[row["method"]], row["setting"], load)))
+    return ", ".join(filter(None, (TITLES[row["method"]], row["setting"], _load(row))))
+
+
+def _load(row: Row) -> str:
+    return f"batch {row['batch']}" if row["rate"] is None else f"{row['rate']:g} requests/s"
 
 
 def _show_trouble(console: Console, row: Row) -> None:

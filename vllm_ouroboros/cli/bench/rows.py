@@ -6,6 +6,7 @@ round, become one row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -186,28 +187,49 @@ def run_row(cell: Cell, number: int, facts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def by_task(
-    mine: Mapping[int, RunResult], vanilla: Mapping[int, RunResult], tasks: Sequence[str]
+    cell: Cell, vanilla: Mapping[int, RunResult], tasks: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Speed and ratio of the prompts of each task; empty where requests cannot be told apart."""
-    found = {}
-    for task in dict.fromkeys(tasks):
-        parts = []
-        for runs in (mine, vanilla):
-            kept = {n: run for n, run in runs.items() if len(run.groups) == len(tasks)}
-            parts.append({n: _only(run, tasks, task) for n, run in kept.items()})
-        if (compared := ratio(*parts)) is not None:
-            found[task] = {
-                "prompts": tasks.count(task),
-                "tokens": sum(tokens for tokens, _ in next(iter(parts[0].values())).groups),
-                "tokens_per_second": median(speed(run) for run in parts[0].values()),
+    """Latencies of the prompts of each task and, at batch 1, their speed, ratio and counts."""
+    found: dict[str, dict[str, Any]] = {}
+    mine = cell.runs
+    for task in dict.fromkeys(tasks) if mine else ():
+        kept = {n: _only(run, tasks, task) for n, run in mine.items()}
+        figures = {"prompts": tasks.count(task), **_latencies([*kept.values()])}
+        runs = [run for run in kept.values() if run.groups]
+        theirs = {n: _only(run, tasks, task) for n, run in vanilla.items()}
+        if runs and (compared := ratio(kept, theirs)) is not None:
+            counted = [counts(cell.method, cell.load, run) for run in runs]
+            figures |= {
+                "tokens": sum(tokens for tokens, _ in runs[0].groups),
+                "tokens_per_second": median(speed(run) for run in runs),
                 **dict(zip(("ratio", "ratio_low", "ratio_high"), compared, strict=True)),
+                **{name: _median([one[name] for one in counted]) for name in counted[0]},
             }
+        found[task] = figures
     return found
 
 
 def _only(run: RunResult, tasks: Sequence[str], task: str) -> RunResult:
-    groups = [group for group, kind in zip(run.groups, tasks, strict=True) if kind == task]
-    return RunResult(groups, [], [], [])
+    """The part of a run that belongs to a task; without groups where those hold several tasks."""
+    places = [i for i, kind in enumerate(tasks) if kind == task]
+    apart = len(run.groups) == len(tasks)
+    counters: Counter[str] = Counter()
+    for i in places if len(run.group_counters) == len(tasks) else ():
+        counters.update(run.group_counters[i])
+    return RunResult(
+        groups=[run.groups[i] for i in places] if apart else [],
+        outputs=[run.outputs[i] for i in places],
+        first=[run.first[i] for i in places],
+        each=[run.each[i] for i in places],
+        counters=dict(counters),
+    )
+
+
+def _latencies(runs: Sequence[RunResult]) -> dict[str, float | None]:
+    return {
+        "first_token_ms": _ms([s for run in runs for s in run.first]),
+        "time_per_token_ms": _ms([s for run in runs for s in run.each]),
+    }
 
 
 def cell_row(
@@ -237,8 +259,7 @@ def cell_row(
         "ratio": value,
         "ratio_low": low,
         "ratio_high": high,
-        "first_token_ms": _ms([s for run in runs for s in run.first]),
-        "time_per_token_ms": _ms([s for run in runs for s in run.each]),
+        **_latencies(runs),
         **{
             name: _median([f[name] for f in found])
             for name in counts(cell.method, cell.load, _NOTHING)
@@ -247,7 +268,7 @@ def cell_row(
         "outputs_equal": None if compared_to is None else compared_to - len(different),
         "outputs_total": compared_to,
         "differences": different,
-        "tasks": by_task(cell.runs, vanilla.runs if vanilla is not None else {}, tasks),
+        "tasks": by_task(cell, vanilla.runs if vanilla is not None else {}, tasks),
         **cell.facts,
         **facts,
     }
@@ -270,5 +291,6 @@ def _median(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _ms(seconds: Sequence[float]) -> float | None:
-    return 1e3 * median(seconds) if seconds else None
+def _ms(seconds: Sequence[float | None]) -> float | None:
+    middle = _median(seconds)
+    return None if middle is None else 1e3 * middle

@@ -20,7 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_ouroboros.cli.bench.engine import WARM_UP_TOKENS, EngineSpec, RunResult, warm_up_prompts
+from vllm_ouroboros.cli.bench.engine import (
+    WARM_UP_TOKENS,
+    EngineSpec,
+    Prompt,
+    RunResult,
+    warm_up_prompts,
+)
 from vllm_ouroboros.cli.engine_process import (
     EngineError,
     end_group,
@@ -28,6 +34,7 @@ from vllm_ouroboros.cli.engine_process import (
     log_cause,
     peak_memory,
 )
+from vllm_ouroboros.cli.tasks import chat_text
 
 CLIENT = (
     "import sys; sys.path[:] = filter(None, sys.path); "
@@ -37,13 +44,14 @@ CLIENT = (
 )
 RESULT = "result.json"
 TOGETHER = 8  # untimed requests at a time
+NO_SPECIAL_TOKENS = {"add_special_tokens": False}  # a chat template has them
 
 
 def measure(
     spec: EngineSpec,
     *,
-    prompts: Sequence[str],
-    others: Sequence[str],
+    prompts: Sequence[Prompt],
+    others: Sequence[Prompt],
     rate: float,
     max_tokens: int,
     ignore_eos: bool,
@@ -67,13 +75,20 @@ def measure(
         try:
             url = f"http://127.0.0.1:{port}"
             _await(server, url, timeout, log)
+            chat = any(not isinstance(prompt, str) for prompt in prompts)
+            extra = NO_SPECIAL_TOKENS if chat else {}
             with ThreadPoolExecutor(TOGETHER) as pool:
-                for texts, tokens in ((warm_up_prompts(TOGETHER), WARM_UP_TOKENS),
-                                      (others, max_tokens)):  # fmt: skip
-                    list(pool.map(lambda t, n=tokens: _ask(url, spec.model, t, n, timeout), texts))
+                for texts, body in (
+                    (warm_up_prompts(TOGETHER), {"max_tokens": WARM_UP_TOKENS}),
+                    (as_texts(spec.model, others), {"max_tokens": max_tokens, **extra}),
+                ):
+                    list(pool.map(lambda t, b=body: _ask(url, spec.model, t, b, timeout), texts))
             file = Path(folder) / "prompts.jsonl"
-            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+            texts = as_texts(spec.model, prompts)
+            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
             command = client_command(spec.model, url, file, len(prompts), max_tokens, rate)
+            if extra:
+                command += ["--extra-body", json.dumps(extra)]
             if ignore_eos:
                 command.append("--ignore-eos")
             _run_client(command, spec, folder, timeout, verbose)
@@ -87,6 +102,16 @@ def measure(
             end_group(server)
 
 
+def as_texts(model: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Prompts as a completion takes them; conversations in the model's chat template."""
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return [str(prompt) for prompt in prompts]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [p if isinstance(p, str) else chat_text(tokenizer, p) for p in prompts]
+
+
 def server_command(spec: EngineSpec, port: int) -> list[str]:
     """The server's command line."""
     command = [
@@ -95,7 +120,7 @@ def server_command(spec: EngineSpec, port: int) -> list[str]:
         *("--port", str(port), "--max-model-len", str(spec.max_model_len)),
         *("--max-num-seqs", str(spec.max_num_seqs)),
         *("--max-num-batched-tokens", str(max(spec.max_num_batched_tokens, spec.max_model_len))),
-        "--no-enable-prefix-caching",
+        f"--{'' if spec.prefix_caching else 'no-'}enable-prefix-caching",
         "--disable-uvicorn-access-log",
     ]
     if spec.enforce_eager:
@@ -134,11 +159,10 @@ def read_result(found: dict[str, Any], prompts: int) -> RunResult:
         raise EngineError(f"{prompts - found['completed']} of {prompts} requests failed: {first}")
     lengths = found["output_lens"]
     each = [
-        (latency - first) / (tokens - 1)
+        (latency - first) / (tokens - 1) if tokens > 1 else None
         for latency, first, tokens in zip(
             found["latencies"], found["ttfts"], lengths, strict=True
         )
-        if tokens > 1
     ]  # fmt: skip
     names = {
         "spec_decode_num_drafts": "drafts",
@@ -191,8 +215,8 @@ def _await(server: subprocess.Popen[bytes], url: str, timeout: float, log: IO[by
     raise EngineError(f"server: not ready after {timeout:.0f} s (--timeout)")
 
 
-def _ask(url: str, model: str, prompt: str, max_tokens: int, timeout: float) -> None:
-    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+def _ask(url: str, model: str, prompt: str, body: dict[str, Any], timeout: float) -> None:
+    body = {"model": model, "prompt": prompt, "temperature": 0, **body}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -17,6 +17,7 @@ from vllm_ouroboros.cli.tasks import encode_chat
 
 MAX_MODEL_LEN = 1024  # tokens; less where the model knows fewer positions
 NODE_BUDGET = 26
+TAIL = 60  # characters of a growing text that are shown
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Engine:
             model=job.model, dtype=job.dtype, max_model_len=length, disable_log_stats=True, **extra
         )
         self.first: list[Any] = []  # outputs of the pass that warms up
+        self.streamed = 0  # requests whose text was shown as it grew
         self.origins: dict[str, list[int]] = {}
         self.before: dict[str, int] = {}  # counters
         self.passes: list[tuple[list[Any], list[float]]] = []
@@ -136,8 +138,12 @@ class Engine:
             return list(tokenizer.encode(prompt))
         return encode_chat(tokenizer, [("user", prompt)])
 
-    def answer(self, wanted: str, done: Callable[[int], object]) -> EngineResult | None:
-        """Run a pass, "warm" or "time", or say the "result"."""
+    def answer(self, wanted: str, done: Callable[[int | str], object]) -> EngineResult | None:
+        """Run a pass, "warm" or "time", or say the "result".
+
+        ``done`` hears 1 for each request that has ended and, while the engine warms up, the end of
+        the text so far.
+        """
         if wanted == "result":
             return self.result()
         if wanted == "warm":
@@ -146,13 +152,13 @@ class Engine:
             self.passes.append(self._pass(done))
         return None
 
-    def warm_up(self, done: Callable[[int], object]) -> None:
+    def warm_up(self, done: Callable[[int | str], object]) -> None:
         """A pass that fills caches, compiles, and shows where the tokens come from."""
         import vllm_ouroboros
 
         if self.ours:
             vllm_ouroboros.trace(self.llm, enabled=True)
-        self.first, _ = self._pass(done)
+        self.first, _ = self._pass(done, self._stream)
         if self.ours:
             # The origins of a request are there once another step has run after its last one.
             self._generate(self.prompts[0], max_tokens=1)
@@ -184,7 +190,9 @@ class Engine:
             )
         return EngineResult(generations, {k: after[k] - self.before.get(k, 0) for k in after})
 
-    def _pass(self, done: Callable[[int], object]) -> tuple[list[Any], list[float]]:
+    def _pass(
+        self, done: Callable[[int | str], object], generate: Callable[..., Any] | None = None
+    ) -> tuple[list[Any], list[float]]:
         """Outputs and seconds of each prompt.
 
         Nothing may be left of the pass before: neither cached prompts nor, in the phrase pool, the
@@ -198,7 +206,10 @@ class Engine:
         outputs, seconds = [], []
         for prompt in self.prompts:
             start = time.perf_counter()
-            outputs.append(self._generate(prompt, self.job.max_tokens))
+            if generate is None:
+                outputs.append(self._generate(prompt, self.job.max_tokens))
+            else:
+                outputs.append(generate(prompt, self.job.max_tokens, done))
             seconds.append(time.perf_counter() - start)
             done(1)
         return outputs, seconds
@@ -208,3 +219,20 @@ class Engine:
 
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         return self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+
+    def _stream(self, prompt: list[int], max_tokens: int, heard: Callable[[str], object]) -> Any:
+        """The same, while ``heard`` is told the end of the text as it grows."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.CUMULATIVE
+        )
+        engine = self.llm.llm_engine
+        self.streamed += 1
+        engine.add_request(f"streamed {self.streamed}", {"prompt_token_ids": prompt}, params)
+        while True:
+            for output in engine.step():
+                heard(output.outputs[0].text[-TAIL:])
+                if output.finished:
+                    return output

@@ -11,11 +11,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 
 class Show(Protocol):
-    """Where the demo says what it does, and how many requests are done."""
+    """Where the demo says what it does, how many requests are done, and how a text goes on."""
 
     def phase(self, text: str, requests: int | None = None) -> None: ...
 
-    def done(self, count: int) -> None: ...
+    def done(self, what: int | str) -> None: ...
 
 
 class _Lines:
@@ -28,7 +28,7 @@ class _Lines:
         del requests
         self._console.print(f"{text} ...", markup=False)
 
-    def done(self, count: int) -> None:
+    def done(self, what: int | str) -> None:
         pass
 
 
@@ -36,13 +36,16 @@ class _Bars:
     """A live bar of the phase's requests."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._task = progress, progress.add_task("", total=None)
+        self._progress, self._task = progress, progress.add_task("", total=None, text="")
 
     def phase(self, text: str, requests: int | None = None) -> None:
-        self._progress.reset(self._task, total=requests, description=text)
+        self._progress.reset(self._task, total=requests, description=text, text="")
 
-    def done(self, count: int) -> None:
-        self._progress.advance(self._task, count)
+    def done(self, what: int | str) -> None:
+        if isinstance(what, str):
+            self._progress.update(self._task, text=" ".join(what.split()))
+        else:
+            self._progress.advance(self._task, what)
 
 
 @contextmanager
@@ -54,6 +57,7 @@ def show_progress(*, live: bool) -> Iterator[Show]:
         return
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}", style="dim", markup=False),
         console=console, transient=True,
     ) as progress:  # fmt: skip
         yield _Bars(progress)

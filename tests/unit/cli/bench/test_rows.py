@@ -36,11 +36,20 @@ def test_methods_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert suffix.missing == "arctic-inference is not installed"
     assert "--warm-prompts" in (warm.missing or "")
     options: dict[str, Any] = {"draft_tokens": [3], "ngrams": [], "configs": [{}], "nodes": None}
-    for found in build(["draft_model", "ouroboros-cold"], draft_model=None, others=1, **options):
-        assert "--draft-model" in (found.missing or "")
-    assert build(["lookahead"], draft_model=None, others=1, **options)[0].missing is None
+    [found] = build(["draft_model"], draft_model=None, others=1, **options)
+    assert "--draft-model" in (found.missing or "")
     monkeypatch.setattr("vllm_ouroboros.cli.bench.methods.find_spec", lambda _: object())
     assert methods("suffix")[0].missing is None
+
+
+def test_without_a_draft_model_ours_are_the_pool_alone_and_lookahead_is_one_of_them() -> None:
+    options: dict[str, Any] = {"draft_tokens": [3], "ngrams": [], "configs": [{}], "nodes": None}
+    options |= {"draft_model": None, "others": 1}
+    names = ["lookahead", "ouroboros-cold", "ouroboros-warm", "ouroboros-seen"]
+    found = build(names, **options)
+    assert [one.name for one in found] == names[1:]
+    assert all(one.missing is None and one.ouroboros == {"draft_model": None} for one in found)
+    assert [one.name for one in build(["lookahead"], **options)] == ["lookahead"]
 
 
 def test_each_config_is_a_setting() -> None:

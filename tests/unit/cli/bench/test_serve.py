@@ -7,6 +7,7 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_what_the_client_found() -> None:
     }  # fmt: skip
     result = bench_serve.read_result(found, 2)
     assert result == RunResult(
-        [(6, 3.0)], ["abc", "d"], [0.5, 0.5], [0.5],
+        [(6, 3.0)], ["abc", "d"], [0.5, 0.5], [0.5, None],
         {"drafts": 2, "draft_nodes": 6, "accepted": 4},
     )  # fmt: skip
     with pytest.raises(EngineError, match="1 of 2 requests failed: ValueError: no"):
@@ -96,6 +97,31 @@ def test_a_server_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak > 2**20
     for pid in engine_process.group_members(os.getpgrp()):
         assert SERVER[:40] not in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_conversations_are_sent_in_the_models_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer:
+        def apply_chat_template(self, messages: Any, **_: Any) -> str:
+            return "<s>" + "".join(f"{m['role']}: {m['content']};" for m in messages)
+
+    loaded = SimpleNamespace(from_pretrained=lambda _: Tokenizer())
+    monkeypatch.setattr("transformers.AutoTokenizer", loaded)
+    chat = (("user", "hi"), ("assistant", "ho"), ("user", "on"))
+    assert bench_serve.as_texts("m", ["plain", chat]) == [
+        "plain", "<s>user: hi;assistant: ho;user: on;",
+    ]  # fmt: skip
+    seen: list[list[str]] = []
+    monkeypatch.setattr(bench_serve, "_run_client", lambda command, *_: seen.append(command))
+    monkeypatch.setattr(
+        bench_serve, "server_command", lambda _, port: [sys.executable, "-c", SERVER, str(port)]
+    )
+    for prompt, given in ((chat, True), ("plain", False)):
+        with pytest.raises(EngineError, match="FileNotFoundError"):  # this client finds nothing
+            bench_serve.measure(
+                SPEC, prompts=[prompt], others=[], rate=1.0, max_tokens=8, ignore_eos=False,
+                timeout=20, verbose=False,
+            )  # fmt: skip
+        assert ('{"add_special_tokens": false}' in seen[-1]) == given, "the template has them"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from rich.console import Console
 from vllm_ouroboros.cli.bench import options as bench_options
 from vllm_ouroboros.cli.bench import run as bench
 from vllm_ouroboros.cli.bench.engine import Engine, EngineSpec, Place, RunResult, RunSpec, Turns
-from vllm_ouroboros.cli.bench.methods import build
+from vllm_ouroboros.cli.bench.methods import Method, build
 from vllm_ouroboros.cli.bench.plan import Plan
 from vllm_ouroboros.cli.bench.report import show_report
-from vllm_ouroboros.cli.bench.rows import Load, by_task
+from vllm_ouroboros.cli.bench.rows import Cell, Load, by_task
 from vllm_ouroboros.cli.tasks import Task
 
 from ...helpers import cli_fakes
@@ -73,7 +73,13 @@ class Fake:
             groups.append((4 * len(part), 4 * len(part) * (0.5 if helps else 1.0)))
         if run.batch > 1:
             groups = [(sum(t for t, _ in groups), sum(s for _, s in groups))]
-        return RunResult(groups, [[1, 2, 3, 4]] * len(run.prompts), [0.1], [0.1])
+        count = len(run.prompts)
+        each = [0.2 if prompt[-1][1] == "1 + 1" else 0.1 for prompt in run.prompts]
+        apart = [{"drafts": 2, "draft_nodes": 8, "engine_steps": 2}] * count
+        return RunResult(
+            groups, [[1, 2, 3, 4]] * count, [0.1] * count, [*each],
+            group_counters=apart if run.batch == 1 else [],
+        )  # fmt: skip
 
     def peak(self) -> int:
         return 2**20
@@ -103,7 +109,12 @@ def test_later_turns_hold_vanillas_answers(tmp_path: Path) -> None:
     assert ngram["prompts"] == 6
     assert {task: one["ratio"] for task, one in ngram["tasks"].items()} == {"chat": 1, "math": 2}
     assert ngram["tasks"]["chat"]["prompts"] == 5
-    assert all(row["tasks"] == {} for row in rows if row["batch"] == 2), "not to be told apart"
+    assert ngram["tasks"]["math"]["tokens_per_target_forward"] == 2
+    assert ngram["tasks"]["math"]["verified_nodes_per_token"] == 2
+    for row in rows:
+        times = {task: one["time_per_token_ms"] for task, one in row["tasks"].items()}
+        assert times == pytest.approx({"chat": 100, "math": 200})
+        assert ("ratio" in row["tasks"]["math"]) == (row["batch"] == 1), "else not to be told apart"
     out = io.StringIO()
     show_report(Console(file=out, width=160), rows)
     lines = [line.split() for line in out.getvalue().splitlines()]
@@ -119,10 +130,14 @@ def test_a_plan_without_later_turns_asks_for_no_answers(tmp_path: Path) -> None:
 
 
 def test_figures_by_task_need_requests_that_are_told_apart() -> None:
-    runs = {0: RunResult([(4, 1.0), (4, 3.0)], [], [], [])}
-    assert by_task(runs, runs, ("a", "b"))["b"]["tokens_per_second"] == pytest.approx(4 / 3)
-    assert by_task(runs, runs, ("a",)) == {}
-    assert by_task({}, runs, ("a", "b")) == {}
+    runs = {0: RunResult([(4, 1.0), (4, 3.0)], [[], []], [0.1, None], [None, None])}
+    cell = Cell(Method("vanilla"), Load(batch=1), runs)
+    found = by_task(cell, runs, ("a", "b"))
+    assert found["b"]["tokens_per_second"] == pytest.approx(4 / 3)
+    assert (found["a"]["first_token_ms"], found["b"]["first_token_ms"]) == (100, None)
+    together = {0: RunResult([(8, 4.0)], [[], []], [0.1, 0.2], [None, None])}
+    assert "ratio" not in by_task(Cell(cell.method, cell.load, together), together, ("a", "b"))["a"]
+    assert by_task(Cell(cell.method, cell.load), runs, ("a", "b")) == {}
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -163,7 +178,6 @@ def test_tasks_that_cannot_be_measured(chat_model: str, plans: list[Plan], tmp_p
     for more, message in (
         (["cooking"], "'cooking' is unknown; take all, chat, math"),
         (["all", "--prompts", str(prompts)], "--tasks all: excludes --prompts"),
-        (["all", "--rates", "1"], "--tasks all: excludes --rates"),
     ):
         result = cli_fakes.invoke("bench", "--model", chat_model, *args, *more)
         assert result.exit_code == 2
