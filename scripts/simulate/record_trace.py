@@ -1,8 +1,9 @@
-"""Records a trace for simulation: a target writes, a draft model reads it.
+"""Records a trace for simulation: a target writes, a draft model, if there is one, reads it.
 
 \b
     python scripts/simulate/record_trace.py --target DIR --draft-model DIR --prompts FILE \
         --out TRACE
+    python scripts/simulate/record_trace.py --target CHAT_MODEL --tasks FILE --out TRACE
 
 See `simulate.py`, which needs no model any more.
 """
@@ -19,6 +20,7 @@ from simulate_trace import FIRST, Text, Trace
 from transformers import AutoTokenizer
 
 from vllm_ouroboros.cli.inputs import InputError, read_prompts
+from vllm_ouroboros.cli.tasks import Task, encode_chat, read_tasks
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -61,18 +63,60 @@ def record(
     return Trace(result, vocab, eos)
 
 
+def record_tasks(target: str, tasks: Sequence[Task], max_tokens: int, **engine: Any) -> Trace:
+    """Let a chat model answer conversations, each answer to its end.
+
+    Args:
+        target: folder of the model.
+        tasks: their later turns follow the answers to those before.
+        max_tokens: length of an answer at most.
+        engine: arguments of the engine.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=target, **engine)
+    tokenizer, params = llm.get_tokenizer(), SamplingParams(temperature=0, max_tokens=max_tokens)
+    said: list[list[tuple[str, str]]] = [[] for _ in tasks]
+    found: list[list[Text]] = [[] for _ in tasks]
+    for turn in range(max(len(task.turns) for task in tasks)):
+        going = [i for i, task in enumerate(tasks) if len(task.turns) > turn]
+        for i in going:
+            said[i].append(("user", tasks[i].turns[turn]))
+        given = [{"prompt_token_ids": encode_chat(tokenizer, said[i])} for i in going]
+        for i, out in zip(going, llm.generate(given, params), strict=True):
+            answer, prompt = out.outputs[0], list(out.prompt_token_ids)
+            said[i].append(("assistant", answer.text))
+            found[i].append(Text.without_draft(prompt, answer.token_ids, tasks[i].task))
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    llm.llm_engine.engine_core.shutdown()
+    return Trace([text for texts in found for text in texts], vocab, tokenizer.eos_token_id)
+
+
 @app.command()
 def main(
     target: Annotated[str, typer.Option(help="folder of the target")],
-    draft_model: Annotated[str, typer.Option(help="folder of the draft model")],
     out: Annotated[Path, typer.Option(help="file to write")],
+    draft_model: Annotated[str | None, typer.Option(help="folder of the draft model")] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="conversations for a chat model, as the shipped tasks.jsonl")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSON lines {"prompt"}')] = None,
     limit: Annotated[int, typer.Option(help="first prompts only")] = 32,
     random_tokens: Annotated[int, typer.Option(help="prompts of so many random ids instead")] = 0,
     max_tokens: Annotated[int, typer.Option(help="length of each answer")] = 128,
     dtype: Annotated[str, typer.Option(help="of both models")] = "float32",
 ) -> None:
-    """Run a pair through vLLM and keep what it said."""
+    """Run a pair, or a chat model alone, through vLLM and keep what it said."""
+    engine: dict[str, Any] = {"dtype": dtype, "max_model_len": 2048, "enforce_eager": True}
+    if tasks is not None:
+        try:
+            conversations = read_tasks(tasks)[:limit]
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
+        record_tasks(target, conversations, max_tokens, **engine).save(out)
+        return
+    if draft_model is None:
+        raise typer.BadParameter("give --draft-model DIR, or --tasks FILE for a chat model alone")
     tokenizer = AutoTokenizer.from_pretrained(target)
     if random_tokens:
         shape = (limit, random_tokens)
@@ -85,7 +129,6 @@ def main(
         ids = [tokenizer.encode(text) for text in texts]
     else:
         raise typer.BadParameter("give --prompts FILE, or --random-tokens N")
-    engine = {"dtype": dtype, "max_model_len": 2048, "enforce_eager": True}
     record(target, draft_model, ids, max_tokens, **engine).save(out)
 
 

@@ -4,7 +4,7 @@ what forwards would cost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +92,8 @@ class Totals:
     steps: int = 0  # of requests
     nodes: int = 0
     draft_forwards: int = 0
+    answers: list[tuple[int, float]] = field(default_factory=list)
+    """At batch 1: tokens of each answer after the first, and seconds they took."""
 
 
 class SimulatedEngine:
@@ -153,11 +155,24 @@ class SimulatedEngine:
         while waiting or self.live:
             while waiting and len(self.live) < self.batch:
                 self._admit(waiting.pop(), len(self.trace.texts) - len(waiting))
+            began = self.live[0].known > 0
+            before = self.totals.tokens, self.watch.seconds
             self._step()
+            if self.batch == 1:
+                self._count_answer(began, *before)
         self.totals.seconds = self.watch.seconds
         if self.proposer is not None:
             self.totals.draft_forwards = self.proposer.counters.draft_forwards
         return self.totals
+
+    def _count_answer(self, began: bool, tokens: int, seconds: float) -> None:
+        """Count a step that began with so many tokens and seconds; one that reads a prompt not."""
+        if not began:
+            self.totals.answers.append((0, 0.0))
+            return
+        count, spent = self.totals.answers[-1]
+        count, spent = count + self.totals.tokens - tokens, spent + self.watch.seconds - seconds
+        self.totals.answers[-1] = count, spent
 
     def _admit(self, text: Text, number: int) -> None:
         params = SamplingParams(
