@@ -130,7 +130,7 @@ class Engine:
             additional_config={"ouroboros": spec.ouroboros} if self.ours else {},
         )
         config = self.llm.llm_engine.vllm_config.model_config
-        self.max_model_len = length
+        self.max_model_len, self.seats = length, spec.max_num_seqs
         self.warm: set[int] = set()
         self.facts = {"dtype": str(config.dtype).removeprefix("torch."), "max_model_len": length}
 
@@ -143,7 +143,7 @@ class Engine:
     def texts(self, turns: Turns) -> list[str]:
         """The answers to some conversations."""
         self._check(turns.prompts)
-        found = self._serve(turns.prompts, 1, turns.max_tokens)
+        found = self._serve(turns.prompts, self.seats, turns.max_tokens)
         return [output.outputs[0].text for output in found]
 
     def run(self, run: RunSpec, done: Callable[[int], object]) -> RunResult:
