@@ -78,14 +78,5 @@ def _insert_all(pool, keys, lengths, sources, times, tokens):
     for row in range(keys.shape[0]):
         key = np.int64(keys[row]) & 0xFFFFFFFF
         first = row * tokens.shape[1]
-        insert(
-            pool,
-            0,
-            key,
-            texts,
-            first,
-            lengths[row],
-            sources[row],
-            np.int64(times[row]),
-            np.int32(0),
-        )
+        seen, nobody = np.int64(times[row]), np.int32(0)
+        insert(pool, 0, key, texts, first, lengths[row], sources[row], seen, nobody)

@@ -139,16 +139,9 @@ def grow_best(
                 elif on_chain and chain_at + 1 < req.chain_len[s]:
                     default_grade = NOT_IN_TOP_K
                 count = pool_candidates(
-                    pool,
-                    req.scope[s],
-                    req.owner[s],
-                    context,
-                    default_grade,
-                    phrase_at,
-                    children,
-                    shares,
-                    count,
-                )
+                    pool, req.scope[s], req.owner[s], context, default_grade, phrase_at,
+                    children, shares, count,
+                )  # fmt: skip
                 pending = _push(
                     frontier, pending, children, shares, draft_probs, count, node,
                     path_probability, rates[r], min_probability,

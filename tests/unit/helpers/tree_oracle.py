@@ -19,6 +19,7 @@ from vllm_ouroboros.trees.node_kinds import (
     MAX_COUNT_WEIGHT,
     NOT_IN_TOP_K,
     NUM_EVIDENCES,
+    OWN_WEIGHT,
     SHARE_BOUNDS,
     WITHOUT_DRAFT,
     Evidence,
@@ -68,6 +69,7 @@ class Phrase(NamedTuple):
     tokens: tuple[int, ...]
     guess: bool
     times: int
+    own: bool  # the request wrote it last
 
 
 def phrases_of(world, slot: int, text: list[int]) -> list[list[Phrase]]:
@@ -78,11 +80,14 @@ def phrases_of(world, slot: int, text: list[int]) -> list[list[Phrase]]:
         key = key_of(tokens, len(text), context)
         [at] = np.nonzero(pool.arrays.keys == (scope << 32 | key))
         found = pool.lookup(key, scope)
+        owner, arrays = int(world.drafting.state.owner[slot]), pool.arrays
         columns = (
-            column[at].ravel().tolist() for column in (pool.arrays.sources, pool.arrays.times)
+            column[at].ravel().tolist() for column in (arrays.sources, arrays.times, arrays.owners)
         )
         rows = zip(found, *columns, strict=False)
-        held.append([Phrase(p, source == PhraseSource.WINDOW, n) for p, source, n in rows])
+        held.append(
+            [Phrase(p, source == PhraseSource.WINDOW, n, o == owner) for p, source, n, o in rows]
+        )
     return held
 
 
@@ -90,13 +95,15 @@ def share_of(token: int, held: list[list[Phrase]]) -> float:
     """The share of a token of what was counted, from the shortest context to the longest."""
     share = BASE_SHARE
     for otherwise, phrases in zip(BACKOFF_WEIGHTS, held, strict=False):
-        counted = Counter()
+        counted, own = Counter(), Counter()
         for phrase in phrases:
-            if not phrase.guess:
+            if not phrase.guess and phrase.times:
                 counted[phrase.tokens[0]] += phrase.times
+                own[phrase.tokens[0]] += OWN_WEIGHT * phrase.own
         total = counted.total()
         weight = min(total, MAX_COUNT_WEIGHT) / total if total else 0
-        share = (weight * counted[token] + otherwise * share) / (weight * total + otherwise)
+        share = weight * counted[token] + own[token] + otherwise * share
+        share /= weight * total + own.total() + otherwise
     return share
 
 

@@ -66,9 +66,11 @@ def worlds(draw, budget: int):
     state.scope[:] = draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 1, 2**31 - 1)]))
     for scope in set(state.scope.tolist()):
         text = rng.integers(0, vocab, draw(st.sampled_from([0, 8, 40]))).astype(np.int32)
-        insert_text(
-            pool.arrays, scope, text, 0, len(text), int(PhraseSource.HISTORY), len(CONTEXTS)
-        )
+        own = draw(st.integers(0, len(text)))  # tokens that these requests wrote, before others
+        for fed, end, owner in ((0, own, OWNER), (own, len(text), OWNER + 1)):
+            insert_text(
+                pool.arrays, scope, text, fed, end, int(PhraseSource.HISTORY), owner, len(CONTEXTS)
+            )
         for _ in range(draw(st.sampled_from([0, 5, 20]))):
             phrase = rng.integers(0, vocab, rng.integers(1, 5))
             pool.insert(int(rng.integers(vocab)), phrase, PhraseSource.WINDOW, scope)

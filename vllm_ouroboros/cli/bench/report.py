@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ouroboros.cli.bench.methods import TITLES
+from vllm_ouroboros.cli.bench.rows import Load
 from vllm_ouroboros.cli.provenance import hardware_line
 
 Row = Mapping[str, Any]
@@ -48,9 +49,8 @@ def show_report(console: Console, rows: Sequence[Row]) -> None:
     """Tables, then everything that failed or differs, then where it was measured."""
     shown = best_rows(rows)
     for load in dict.fromkeys((row["batch"], row["rate"]) for row in shown):
-        batch, rate = load
         table = Table(
-            title=_load({"batch": batch, "rate": rate}),
+            title=str(Load(*load)),
             title_justify="left", box=None, pad_edge=False,
         )  # fmt: skip
         table.add_column("method, best setting", overflow="fold")
@@ -118,7 +118,7 @@ def row_title(row: Row) -> str:
 
 
 def _load(row: Row) -> str:
-    return f"batch {row['batch']}" if row["rate"] is None else f"{row['rate']:g} requests/s"
+    return str(Load(row["batch"], row["rate"]))
 
 
 def _show_trouble(console: Console, row: Row) -> None:

@@ -77,15 +77,16 @@ def measure(
             _await(server, url, timeout, log)
             chat = any(not isinstance(prompt, str) for prompt in prompts)
             extra = NO_SPECIAL_TOKENS if chat else {}
+            texts = as_texts(spec.model, [*others, *prompts])  # loads a tokenizer: once
             with ThreadPoolExecutor(TOGETHER) as pool:
-                for texts, body in (
+                for asked, body in (
                     (warm_up_prompts(TOGETHER), {"max_tokens": WARM_UP_TOKENS}),
-                    (as_texts(spec.model, others), {"max_tokens": max_tokens, **extra}),
+                    (texts[: len(others)], {"max_tokens": max_tokens, **extra}),
                 ):
-                    list(pool.map(lambda t, b=body: _ask(url, spec.model, t, b, timeout), texts))
+                    list(pool.map(lambda t, b=body: _ask(url, spec.model, t, b, timeout), asked))
             file = Path(folder) / "prompts.jsonl"
-            texts = as_texts(spec.model, prompts)
-            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+            measured = texts[len(others) :]
+            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in measured))
             command = client_command(spec.model, url, file, len(prompts), max_tokens, rate)
             if extra:
                 command += ["--extra-body", json.dumps(extra)]

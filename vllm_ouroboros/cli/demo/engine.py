@@ -149,7 +149,7 @@ class Engine:
         if wanted == "warm":
             self.warm_up(done)
         else:
-            self.passes.append(self._pass(done))
+            self.passes.append(self._pass(self._generate, done))
         return None
 
     def warm_up(self, done: Callable[[int | str], object]) -> None:
@@ -158,7 +158,7 @@ class Engine:
 
         if self.ours:
             vllm_ouroboros.trace(self.llm, enabled=True)
-        self.first, _ = self._pass(done, self._stream)
+        self.first, _ = self._pass(lambda prompt, n: self._stream(prompt, n, done), done)
         if self.ours:
             # The origins of a request are there once another step has run after its last one.
             self._generate(self.prompts[0], max_tokens=1)
@@ -191,7 +191,7 @@ class Engine:
         return EngineResult(generations, {k: after[k] - self.before.get(k, 0) for k in after})
 
     def _pass(
-        self, done: Callable[[int | str], object], generate: Callable[..., Any] | None = None
+        self, generate: Callable[[list[int], int], Any], done: Callable[[int], object]
     ) -> tuple[list[Any], list[float]]:
         """Outputs and seconds of each prompt.
 
@@ -206,10 +206,7 @@ class Engine:
         outputs, seconds = [], []
         for prompt in self.prompts:
             start = time.perf_counter()
-            if generate is None:
-                outputs.append(self._generate(prompt, self.job.max_tokens))
-            else:
-                outputs.append(generate(prompt, self.job.max_tokens, done))
+            outputs.append(generate(prompt, self.job.max_tokens))
             seconds.append(time.perf_counter() - start)
             done(1)
         return outputs, seconds
