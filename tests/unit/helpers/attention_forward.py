@@ -39,7 +39,7 @@ class Forward:
 
     def __init__(
         self, requests, *, heads=4, kv_heads=2, dim=32, block=32, dtype=torch.float32, seed=0,
-        padding=0, all_tree_rows=False,
+        padding=0, isa=None,
     ) -> None:  # fmt: skip
         gen = torch.Generator().manual_seed(seed)
 
@@ -54,7 +54,7 @@ class Forward:
         rows = self.total + padding
         self.query = rand(rows, heads, dim)
         self.key, self.value = rand(rows, kv_heads, dim), rand(rows, kv_heads, dim)
-        self.isa = _get_attn_isa(dtype, block, dim)
+        self.isa = isa or _get_attn_isa(dtype, block, dim)
 
         # every slot of the cache holds something: what is no context must not be read
         self.page_keys = rand(NUM_BLOCKS, block, kv_heads, dim)

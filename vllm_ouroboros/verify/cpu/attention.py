@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
+from vllm_ouroboros.verify.cpu.attention_kernel import TREE_ATTENTION
 from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep, TreeRowKV
 
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
@@ -25,15 +25,12 @@ BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 
 
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Keeps the page layout that `TreeAttentionImpl` reads."""
+    """Makes sure that `TreeAttentionImpl` reads this CPU's page layout."""
 
     isa: str
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if self.isa == "amx":
-            self.isa = "vec"
-            self._set_isa_to_layers(self.layer_names)
         check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
 
 
@@ -76,7 +73,7 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
         if tree.save_kv:
             tree.saved_kv[layer.layer_name] = TreeRowKV(self, layer, kv_cache, keys, values)
         result = attend(
-            tree, queries, keys, values, kv_cache, scale=self.scale,
+            tree, queries, keys, values, kv_cache, isa=layer.isa, scale=self.scale,
             window=self.sliding_window, soft_cap=self.logits_soft_cap or 0.0,
         ).view(-1, *output.shape[1:])  # fmt: skip
         if tree.covers_all:
@@ -105,6 +102,7 @@ def attend(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     *,
+    isa: str,
     scale: float,
     window: int = -1,
     soft_cap: float = 0.0,
@@ -117,6 +115,7 @@ def attend(
         key: [T, Hkv, D] or [T, Hkv * D].
         value: the same.
         kv_cache: [num_blocks, Hkv, block_size, 2 * D].
+        isa: kernel of vLLM that wrote it, which tells the layout.
         scale: factor of the scores.
         window: sliding window; 0 or less: none.
         soft_cap: of the scores; 0: none.
@@ -136,7 +135,8 @@ def attend(
         for rows in (query, key, value)
     )
     out = torch.empty(q.shape)
-    tree_attention(
+    kernel = TREE_ATTENTION["amx" if isa == "amx" else "vec"]
+    kernel(
         q, pages.view(bits).numpy(), table, tree.contexts, tree.starts, k, v, tree.mask,
         np.float32(scale), window, np.float32(soft_cap), out.numpy(),
     )  # fmt: skip
@@ -164,7 +164,7 @@ def check_layout(isa: str, dtype: torch.dtype, block_size: int, dim: int) -> Non
         contexts=np.array([block_size]), block_table=torch.ones(1, 1, dtype=torch.int32),
         mask=np.ones((1, 1), np.int32), num_rows=1,
     )  # fmt: skip
-    got = attend(one, query, keys[-1:], values[-1:], cache, scale=1.0)
+    got = attend(one, query, keys[-1:], values[-1:], cache, isa=isa, scale=1.0)
     weights = (keys[:, 0].float() @ query[0, 0].float()).softmax(0)
     if not torch.allclose(got[0, 0], weights @ values[:, 0].float(), rtol=1e-3, atol=1e-3):
         raise ConfigError(

@@ -15,8 +15,16 @@ import numpy as np
 from numba import njit, prange
 from numba.np.ufunc import parallel
 
-from vllm_ouroboros.verify.cpu.matmul_tile import LANES, ROWS, add_product
+from vllm_ouroboros.verify.cpu.amx_tile import (
+    add_amx_product,
+    begin_tiles,
+    end_tiles,
+    set_amx_product,
+)
+from vllm_ouroboros.verify.cpu.matmul_tile import LANES, add_product
 
+_TILE = 16
+"""Rows of a request and KV head are made whole tiles of so many."""
 _UNSEEN = np.float32(-1e30)
 _LOG2_E = np.float32(math.log2(math.e))
 _LOWEST = np.float32(-126.0)  # exponent of the smallest normal float32
@@ -26,18 +34,24 @@ _C1, _C2, _C3, _C4, _C5, _C6, _C7 = (
 )
 
 
-@njit(cache=True, fastmath=True)
-def _read(query, scale):
-    """Queries [n, D], scaled, of bits [Q, group, D]; rows of zeros make them whole tiles."""
+@njit(cache=True)
+def _whole(query):
+    """Bits [n, D] of bits [Q, group, D]; rows of zeros make them whole tiles."""
     width, group, dim = query.shape
-    rows = -(-width * group // ROWS) * ROWS
-    bits = np.zeros((rows, dim), np.uint32)
-    shift = np.uint32(32 - 8 * query.itemsize)
-    for i in range(width):
-        for g in range(group):
-            for d in range(dim):
-                bits[i * group + g, d] = np.uint32(query[i, g, d]) << shift
-    queries = bits.view(np.float32)
+    bits = np.zeros((-(-width * group // _TILE) * _TILE, dim), query.dtype)
+    bits[: width * group] = np.ascontiguousarray(query).reshape(width * group, dim)
+    return bits
+
+
+@njit(cache=True, fastmath=True)
+def _scaled(bits, scale):
+    """Queries float32 [n, D], scaled, of bits [n, D]."""
+    shift = np.uint32(32 - 8 * bits.itemsize)
+    wide = np.empty(bits.shape, np.uint32)
+    for i in range(bits.shape[0]):
+        for d in range(bits.shape[1]):
+            wide[i, d] = np.uint32(bits[i, d]) << shift
+    queries = wide.view(np.float32)
     queries *= scale
     return queries
 
@@ -55,10 +69,8 @@ def _transpose(rows):
 
 
 @njit(cache=True)
-def _score(queries, keys, start, stride, seen, soft_cap, scores):
-    """Scores of queries [n, D] and the keys at ``start``, [D, seen], a row every ``stride``."""
-    scores[:, : -(-seen // LANES) * LANES] = 0
-    add_product(queries, queries.shape[1], keys, start, stride, seen, scores)
+def _cap(scores, seen, soft_cap):
+    """Scores become ``soft_cap * tanh(score / soft_cap)`` where that is above 0."""
     if soft_cap > 0:
         for i in range(scores.shape[0]):
             for t in range(seen):
@@ -92,93 +104,155 @@ def _weigh(scores, seen, power, power_bits, top, total, result):
         total[i] += added
 
 
+@njit(cache=True)
+def _vec_scores(bits, queries, n, scale, pages, page, block, seen, scores):
+    """Scores of a page whose keys are [D, block]."""
+    scores[:, : -(-seen // LANES) * LANES] = 0
+    add_product(queries, queries.shape[1], pages, page, block, seen, scores)
+
+
+@njit(cache=True)
+def _vec_values(scores, halves, n, seen, pages, at, block, result):
+    """Add the values of a page, [block, D], by the weights in ``scores``."""
+    add_product(scores, seen, pages, at, result.shape[1], result.shape[1], result)
+
+
 @njit(cache=True, fastmath=True)
-def _attend(
-    query, pages, block, head, num_kv, blocks, context, new_keys, new_values, start, mask, scale,
-    window, soft_cap,
-):  # fmt: skip
-    """One request and KV head: [n, D] for rows [Q, group, D], the heads of a row side by side."""
-    width, group, dim = query.shape
-    n, half = width * group, dim * block
-    queries = _read(query, scale)
-    most = -(-max(block, width) // LANES) * LANES
-    scores = np.empty((len(queries), most), np.float32)
-    power_bits = np.empty(most, np.int32)
-    power = power_bits.view(np.float32)
-    top, total = np.full(n, _UNSEEN, np.float32), np.zeros(n, np.float32)
-    result = np.zeros((len(queries), dim), np.float32)
+def _amx_scores(bits, queries, n, scale, pages, page, block, seen, scores):
+    """Scores of a page whose keys are [block / 16, D / 2, 16, 2]."""
+    dim = bits.shape[1]
+    set_amx_product(bits, dim, pages, page, 16 * dim, seen, scores)
+    for i in range(n):
+        row = scores[i]
+        for t in range(seen):
+            row[t] *= scale
 
-    position = np.full(width, context - 1, np.int64)
-    for i in range(width):
-        for j in range(width):
-            position[i] += (mask[i, j >> 5] >> (j & 31)) & 1
-    first = 0  # slot that any row sees
-    if window > 0:
-        first = max(0, position.min() + 1 - window)
-    for begin in range(first // block * block, context, block):
-        seen = min(block, context - begin)
-        page = (np.int64(blocks[begin // block]) * num_kv + head) * 2 * half
-        _score(queries, pages, page, block, seen, soft_cap, scores)
+
+@njit(cache=True)
+def _amx_values(scores, halves, n, seen, pages, at, block, result):
+    """Add the values of a page, [D / 16, block / 2, 16, 2], by the weights in ``scores``."""
+    depth = -(-seen // 32) * 32
+    for i in range(n):
+        words, row = scores[i].view(np.uint32), halves[i]
+        for t in range(seen):  # to bfloat16, ties to even
+            word = words[t]
+            odd = (word >> np.uint32(16)) & np.uint32(1)
+            row[t] = np.uint16((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        row[seen:depth] = 0
+    add_amx_product(halves, depth, pages, at, 16 * block, result.shape[1], result)
+
+
+@njit(cache=True)
+def _no_tiles():
+    """Nothing: there are no tiles to configure or to give back."""
+
+
+def _attention(page_scores, page_values, begin, end):
+    """The kernel for pages of one layout; compiled when it is first called."""
+
+    @njit(cache=True, fastmath=True)
+    def attend(
+        query, pages, block, head, num_kv, blocks, context, new_keys, new_values, start, mask,
+        scale, window, soft_cap,
+    ):  # fmt: skip
+        """One request and KV head: [n, D] for rows [Q, group, D], heads of a row side by side."""
+        width, group, dim = query.shape
+        n, half = width * group, dim * block
+        bits = _whole(query)
+        queries = _scaled(bits, scale)
+        most = -(-max(block, width) // 32) * 32
+        scores = np.empty((len(queries), most), np.float32)
+        halves = np.zeros((len(queries), most), np.uint16)
+        power_bits = np.empty(most, np.int32)
+        power = power_bits.view(np.float32)
+        top, total = np.full(n, _UNSEEN, np.float32), np.zeros(n, np.float32)
+        result = np.zeros((len(queries), dim), np.float32)
+
+        position = np.full(width, context - 1, np.int64)
+        for i in range(width):
+            for j in range(width):
+                position[i] += (mask[i, j >> 5] >> (j & 31)) & 1
+        first = 0  # slot that any row sees
         if window > 0:
-            for i in range(n):
-                hidden = position[i // group] + 1 - window - begin
-                scores[i, : max(0, min(seen, hidden))] = _UNSEEN
-        _weigh(scores, seen, power, power_bits, top, total, result)
-        add_product(scores, seen, pages, page + half, dim, dim, result)
+            first = max(0, position.min() + 1 - window)
+        begin()
+        for at in range(first // block * block, context, block):
+            seen = min(block, context - at)
+            page = (np.int64(blocks[at // block]) * num_kv + head) * 2 * half
+            page_scores(bits, queries, n, scale, pages, page, block, seen, scores)
+            _cap(scores, seen, soft_cap)
+            if window > 0:
+                for i in range(n):
+                    hidden = position[i // group] + 1 - window - at
+                    scores[i, : max(0, min(seen, hidden))] = _UNSEEN
+            _weigh(scores, seen, power, power_bits, top, total, result)
+            page_values(scores, halves, n, seen, pages, page + half, block, result)
+        end()
 
-    keys, stride = _transpose(new_keys)
-    _score(queries, keys, 0, stride, width, soft_cap, scores)
-    for i in range(n):
-        row = i // group
-        for j in range(width):
-            far = window > 0 and position[j] <= position[row] - window
-            if far or (mask[row, j >> 5] >> (j & 31)) & 1 == 0:
-                scores[i, j] = _UNSEEN
-    _weigh(scores, width, power, power_bits, top, total, result)
-    add_product(scores, width, new_values, start, num_kv * dim, dim, result)
-    for i in range(n):
-        result[i] /= total[i]
-    return result[:n]
+        keys, stride = _transpose(new_keys)
+        scores[:, :stride] = 0
+        add_product(queries, dim, keys, 0, stride, width, scores)
+        _cap(scores, width, soft_cap)
+        for i in range(n):
+            row = i // group
+            for j in range(width):
+                far = window > 0 and position[j] <= position[row] - window
+                if far or (mask[row, j >> 5] >> (j & 31)) & 1 == 0:
+                    scores[i, j] = _UNSEEN
+        _weigh(scores, width, power, power_bits, top, total, result)
+        add_product(scores, width, new_values, start, num_kv * dim, dim, result)
+        for i in range(n):
+            result[i] /= total[i]
+        return result[:n]
+
+    @njit(cache=True, parallel=True)
+    def attention(
+        query, pages, table, contexts, starts, new_keys, new_values, mask, scale, window, soft_cap,
+        out,
+    ):  # fmt: skip
+        """Attention of tree rows over the paged context and, by mask, over each other.
+
+        As `kernels.reference.tree_attention`, with the pages of vLLM's CPU kernels. Elements come
+        as bits: uint16 of bfloat16 or uint32 of float32.
+
+        Args:
+            query: bits [T, Hq, D]; D is a multiple of 16, of 32 with AMX.
+            pages: bits [num_blocks, Hkv, 2, D * block_size]: keys, then values; the block size is
+                a multiple of 16, of 32 with AMX.
+            table: int32 [R, max_blocks].
+            contexts: int64 [R], tokens of each request in the cache that were committed.
+            starts: int64 [R + 1], first row of each request.
+            new_keys: bits [T, Hkv, D], of the rows themselves.
+            new_values: the same.
+            mask: int32 [T, words]; bit j of row i is set when it sees row j of its request.
+            scale: float32, factor of the scores.
+            window: a row sees positions above its own less this; 0 or less: all.
+            soft_cap: float32, scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
+            out: float32 [T, Hq, D], written.
+        """
+        _, num_kv, dim = new_keys.shape
+        group = query.shape[1] // num_kv
+        block = pages.shape[3] // dim
+        flat_pages, flat_values = pages.reshape(-1), new_values.reshape(-1)
+        for task in prange(contexts.shape[0] * num_kv):
+            r, head = task // num_kv, task % num_kv
+            rows = slice(starts[r], starts[r + 1])
+            heads = slice(head * group, (head + 1) * group)
+            result = attend(
+                query[rows, heads], flat_pages, block, head, num_kv, table[r], contexts[r],
+                new_keys[rows, head], flat_values, (starts[r] * num_kv + head) * dim, mask[rows],
+                scale, window, soft_cap,
+            )  # fmt: skip
+            out[rows, heads] = result.reshape(rows.stop - rows.start, group, dim)
+
+    return attention
 
 
-@njit(cache=True, parallel=True)
-def tree_attention(
-    query, pages, table, contexts, starts, new_keys, new_values, mask, scale, window, soft_cap, out
-):
-    """Attention of tree rows over the paged context and, by mask, over each other.
-
-    As `kernels.reference.tree_attention`, with the pages of vLLM's CPU kernels ("vec" layout).
-    Elements come as bits: uint16 of bfloat16 or uint32 of float32.
-
-    Args:
-        query: bits [T, Hq, D]; D is a multiple of 16.
-        pages: bits [num_blocks, Hkv, 2, D * block_size]: keys as [D, block_size], then values as
-            [block_size, D]; the block size is a multiple of 16.
-        table: int32 [R, max_blocks].
-        contexts: int64 [R], tokens of each request in the cache that were committed.
-        starts: int64 [R + 1], first row of each request.
-        new_keys: bits [T, Hkv, D], of the rows themselves.
-        new_values: the same.
-        mask: int32 [T, words]; bit j of row i is set when it sees row j of its request.
-        scale: float32, factor of the scores.
-        window: a row sees positions above its own less this; 0 or less: all.
-        soft_cap: float32, scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
-        out: float32 [T, Hq, D], written.
-    """
-    _, num_kv, dim = new_keys.shape
-    group = query.shape[1] // num_kv
-    block = pages.shape[3] // dim
-    flat_pages, flat_values = pages.reshape(-1), new_values.reshape(-1)
-    for task in prange(contexts.shape[0] * num_kv):
-        r, head = task // num_kv, task % num_kv
-        rows = slice(starts[r], starts[r + 1])
-        heads = slice(head * group, (head + 1) * group)
-        result = _attend(
-            query[rows, heads], flat_pages, block, head, num_kv, table[r], contexts[r],
-            new_keys[rows, head], flat_values, (starts[r] * num_kv + head) * dim, mask[rows],
-            scale, window, soft_cap,
-        )  # fmt: skip
-        out[rows, heads] = result.reshape(rows.stop - rows.start, group, dim)
+TREE_ATTENTION = {
+    "vec": _attention(_vec_scores, _vec_values, _no_tiles, _no_tiles),
+    "amx": _attention(_amx_scores, _amx_values, begin_tiles, end_tiles),
+}
+"""The kernel for each layout of pages."""
 
 
 def share_threads(count: int) -> bool:

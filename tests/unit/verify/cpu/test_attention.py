@@ -20,13 +20,17 @@ def test_forward_is_the_oracle(vllm_config, forward) -> None:
     close(forward.run(impl, forward.step()), forward.expected(), forward.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, isa",
+    [(torch.float32, None), (torch.bfloat16, "vec"), (torch.bfloat16, None)],
+    ids=["float32", "bfloat16", "bfloat16-fastest"],
+)
 @pytest.mark.parametrize("group", [1, 4, 8])
-def test_grouped_heads(vllm_config, group, dtype) -> None:
+def test_grouped_heads(vllm_config, group, dtype, isa) -> None:
     rng = np.random.default_rng(group)
     forward = Forward(
         [(40, random_tree(rng, 9), True), (3, chain(5), False), (64, random_tree(rng, 20), True)],
-        heads=2 * group, kv_heads=2, dtype=dtype,
+        heads=2 * group, kv_heads=2, dtype=dtype, isa=isa,
     )  # fmt: skip
     close(forward.run(make_impl(2 * group, 2, 32), forward.step()), forward.expected(), dtype)
 

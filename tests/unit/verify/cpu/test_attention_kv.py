@@ -26,7 +26,7 @@ def test_write_moves_rows_to_their_slots(vllm_config, beside, dtype) -> None:
     requests = [(30, random_tree(rng, 9), True), (64, random_tree(rng, 7), True)]
     if beside:
         requests.insert(1, (20, chain(4), False))
-    forward = Forward(requests, dtype=dtype)
+    forward = Forward(requests, dtype=dtype, isa="vec")
     impl, step = make_impl(4, 2, 32), forward.step()
     layers = [forward.layer("a"), forward.layer("b")]
     originals = []

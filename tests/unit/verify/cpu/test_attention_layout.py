@@ -26,7 +26,9 @@ from ...helpers.attention_forward import make_impl
 @pytest.mark.parametrize("block, dim", [(32, 32), (64, 80), (128, 64), (32, 128)])
 def test_this_machines_layout_is_known(dtype, block, dim) -> None:
     isa = _get_attn_isa(dtype, block, dim)
-    check_layout("vec" if isa == "amx" else isa, dtype, block, dim)
+    check_layout(isa, dtype, block, dim)
+    if isa == "amx":
+        check_layout("vec", dtype, block, dim)
 
 
 @pytest.mark.parametrize("swap", ["keys", "values", "both"])
@@ -44,24 +46,16 @@ def test_another_layout_is_refused(monkeypatch, swap) -> None:
         check_layout("vec", torch.float32, 32, 64)
 
 
-def test_the_builder_avoids_a_layout_that_cannot_be_read(monkeypatch) -> None:
-    """On a CPU with AMX the layers are told to use the plain vector kernels."""
-    told, checked = [], []
+def test_the_builder_checks_the_layout_that_its_layers_have(monkeypatch) -> None:
+    checked = []
 
-    def init(self, layer_names):
-        self.layer_names, self.isa = layer_names, "amx"
-        self.dtype, self.block_size, self.head_dim = torch.bfloat16, 32, 64
+    def init(self):
+        self.isa, self.dtype, self.block_size, self.head_dim = "amx", torch.bfloat16, 32, 64
 
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "__init__", init)
-    monkeypatch.setattr(
-        CPUAttentionMetadataBuilder, "_set_isa_to_layers",
-        lambda self, names: told.append((self.isa, names)),
-    )  # fmt: skip
     monkeypatch.setattr(attention, "check_layout", lambda *args: checked.append(args))
-    builder = TreeAttentionMetadataBuilder(["a", "b"])
-    assert builder.isa == "vec"
-    assert told == [("vec", ["a", "b"])]
-    assert checked == [("vec", torch.bfloat16, 32, 64)]
+    assert TreeAttentionMetadataBuilder().isa == "amx"
+    assert checked == [("amx", torch.bfloat16, 32, 64)]
 
 
 @pytest.mark.parametrize(
