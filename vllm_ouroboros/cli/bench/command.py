@@ -55,6 +55,13 @@ def bench(
     ngram: Annotated[
         str | None, typer.Option(help="MIN-MAX-K of vLLM's ngram, a list. Default: 2-4-3,2-4-8.")
     ] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            help="FACTOR-PROBABILITY of vLLM's suffix decoding, a list: its max_spec_factor and "
+            "min_token_prob. Default: 1-0.1, vLLM's own."
+        ),
+    ] = None,
     ouroboros_config: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,8 +139,9 @@ def bench(
         plan = checked_plan(
             model=model, draft_model=draft_model, prompts=prompts, limit=limit,
             warm_prompts=warm_prompts, warm_limit=warm_limit, methods=methods,
-            draft_tokens=draft_tokens, ngram=ngram, configs=ouroboros_config or ["{}"],
-            nodes=nodes, batch=batch, rates=rates, rounds=rounds, max_tokens=max_tokens,
+            draft_tokens=draft_tokens, ngram=ngram, suffix=suffix,
+            configs=ouroboros_config or ["{}"], nodes=nodes, batch=batch, rates=rates,
+            rounds=rounds, max_tokens=max_tokens,
             max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
             alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
             prefix_caching=prefix_caching, tasks=tasks,

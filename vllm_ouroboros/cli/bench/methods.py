@@ -91,6 +91,7 @@ def build(
     draft_model: str | None,
     draft_tokens: Sequence[int],
     ngrams: Sequence[tuple[int, int, int]],
+    suffixes: Sequence[tuple[float, float]],
     configs: Sequence[dict[str, Any]],
     nodes: int | None,
     others: int,
@@ -114,7 +115,7 @@ def build(
         elif name == "ngram":
             found += [_ngram(*setting) for setting in ngrams]
         elif name == "suffix":
-            found.append(_suffix())
+            found += [_suffix(*setting) for setting in suffixes]
         else:
             found += [_ours(name, options, draft_model, nodes, others) for options in configs]
     return found
@@ -148,12 +149,21 @@ def _ngram(shortest: int, longest: int, k: int) -> Method:
     )
 
 
-def _suffix() -> Method:
+def _suffix(factor: float, probability: float) -> Method:
     missing = None
     if find_spec("arctic_inference") is None:
         missing = "arctic-inference is not installed"
     return Method(
-        "suffix", rule=NEW_ENGINE, fresh=True, missing=missing, speculative={"method": "suffix"}
+        "suffix",
+        f"F={factor:g} P={probability:g}",
+        rule=NEW_ENGINE,
+        fresh=True,
+        missing=missing,
+        speculative={
+            "method": "suffix",
+            "suffix_decoding_max_spec_factor": factor,
+            "suffix_decoding_min_token_prob": probability,
+        },
     )
 
 

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "limit": None,
     "draft_tokens": "3,5,8",
     "ngram": "2-4-3,2-4-8",
+    "suffix": "1-0.1",
     "batch": "1",
     "rounds": 3,
     "max_tokens": 128,
@@ -104,6 +105,7 @@ def checked_plan(
             draft_model=draft,
             draft_tokens=_list(chosen["draft_tokens"], "--draft-tokens", _count, "3,5,8"),
             ngrams=_list(chosen["ngram"], "--ngram", _ngram, "2-4-5"),
+            suffixes=_list(chosen["suffix"], "--suffix", _suffix, "1-0.1,2-0.2"),
             configs=[_config(text) for text in configs],
             nodes=nodes,
             others=len(others),
@@ -209,6 +211,16 @@ def _ngram(text: str) -> tuple[int, int, int]:
     if shortest > longest:
         raise ValueError(f"{text!r} has MIN above MAX")
     return shortest, longest, k
+
+
+def _suffix(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not FACTOR-PROBABILITY")
+    factor, probability = map(float, match.groups())
+    if probability > 1:
+        raise ValueError(f"{text!r} has a PROBABILITY above 1")
+    return factor, probability
 
 
 def _config(text: str) -> dict[str, Any]:

@@ -118,6 +118,8 @@ def test_bad_options_give_one_line_and_status_2(
         ("--rates", "inf"): "'inf' is not a number above 0",
         ("--ngram", "2-4"): "'2-4' is not MIN-MAX-K",
         ("--ngram", "5-4-3"): "'5-4-3' has MIN above MAX",
+        ("--suffix", "2"): "--suffix 2: '2' is not FACTOR-PROBABILITY; for example --suffix 1-0.1",
+        ("--suffix", "2-1.5"): "'2-1.5' has a PROBABILITY above 1",
         ("--ouroboros-config", "{"): "--ouroboros-config {: is not JSON",
         ("--ouroboros-config", "[1]"): "must be a JSON object",
         ("--ouroboros-config", '{"draft_tokens": 0}'): "ouroboros.draft_tokens = 0",
@@ -148,7 +150,8 @@ def test_a_plan_of_all_options(
     prompts.write_text("a\nb\nc\nd\na\n")
     result = invoke(
         "--model", model, "--draft-model", model, "--prompts", str(prompts), "--limit", "2",
-        "--methods", "ngram,ouroboros-warm", "--ngram", "1-3-4,2-2-8", "--batch", "1,8:1,1",
+        "--methods", "ngram,suffix,ouroboros-warm", "--ngram", "1-3-4,2-2-8",
+        "--suffix", "1-0.1,4-0.25", "--batch", "1,8:1,1",
         "--rates", "0.5,2", "--rounds", "5", "--max-tokens", "64", "--dtype", "bfloat16",
         "--ouroboros-config", '{"draft_tokens": 4}', "--nodes", "16", "--enforce-eager",
         "--out", str(tmp_path / "o.jsonl"),
@@ -158,7 +161,13 @@ def test_a_plan_of_all_options(
     assert plan.prompts == ("a", "b")
     assert plan.others == ("c", "d")  # never one that is measured
     assert plan.loads == (Load(1), Load(8, prompts=1), Load(rate=0.5), Load(rate=2.0))
-    assert [m.name for m in plan.methods] == ["vanilla", "ngram", "ngram", "ouroboros-warm"]
+    names = [m.name for m in plan.methods]
+    assert names == ["vanilla", "ngram", "ngram", "suffix", "suffix", "ouroboros-warm"]
+    assert plan.methods[4].setting == "F=4 P=0.25"
+    assert plan.methods[4].speculative == {
+        "method": "suffix", "suffix_decoding_max_spec_factor": 4,
+        "suffix_decoding_min_token_prob": 0.25,
+    }  # fmt: skip
     assert plan.methods[-1].speculative == {
         "model": "vllm_ouroboros.OuroborosProposer", "num_speculative_tokens": 16,
     }  # fmt: skip

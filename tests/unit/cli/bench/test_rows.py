@@ -19,10 +19,15 @@ ABOUT = {
     "versions": {"vllm": "0.32.0"}, "inflated": {"model": None, "draft_model": None},
 }  # fmt: skip
 
+OPTIONS: dict[str, Any] = {
+    "draft_tokens": [3], "ngrams": [], "suffixes": [], "configs": [{}], "nodes": None,
+}  # fmt: skip
+
 
 def methods(*names: str, others: int = 2) -> list[Method]:
     return build(
-        names, draft_model="draft", draft_tokens=[3, 5], ngrams=[(2, 4, 3)], configs=[{}],
+        names, draft_model="draft", draft_tokens=[3, 5], ngrams=[(2, 4, 3)],
+        suffixes=[(1, 0.1)], configs=[{}],
         nodes=None, others=others,
     )  # fmt: skip
 
@@ -35,16 +40,14 @@ def test_methods_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
     suffix, warm = methods("suffix", "ouroboros-warm", others=0)
     assert suffix.missing == "arctic-inference is not installed"
     assert "--warm-prompts" in (warm.missing or "")
-    options: dict[str, Any] = {"draft_tokens": [3], "ngrams": [], "configs": [{}], "nodes": None}
-    [found] = build(["draft_model"], draft_model=None, others=1, **options)
+    [found] = build(["draft_model"], draft_model=None, others=1, **OPTIONS)
     assert "--draft-model" in (found.missing or "")
     monkeypatch.setattr("vllm_ouroboros.cli.bench.methods.find_spec", lambda _: object())
     assert methods("suffix")[0].missing is None
 
 
 def test_without_a_draft_model_ours_are_the_pool_alone_and_lookahead_is_one_of_them() -> None:
-    options: dict[str, Any] = {"draft_tokens": [3], "ngrams": [], "configs": [{}], "nodes": None}
-    options |= {"draft_model": None, "others": 1}
+    options = OPTIONS | {"draft_model": None, "others": 1}
     names = ["lookahead", "ouroboros-cold", "ouroboros-warm", "ouroboros-seen"]
     found = build(names, **options)
     assert [one.name for one in found] == names[1:]
@@ -56,8 +59,8 @@ def test_each_config_is_a_setting() -> None:
     configs = [{}, {"draft_tokens": 4, "num_suffixes": 0, "pool_capacity": 128}]
     configs += [{"draft_model": None, "adaptive": False}, {"draft_model": "other"}]
     one, two, three, four = build(
-        ["ouroboros-cold"], draft_model="d", draft_tokens=[], ngrams=[], configs=configs,
-        nodes=None, others=1,
+        ["ouroboros-cold"], draft_model="d", others=1,
+        **OPTIONS | {"configs": configs},
     )  # fmt: skip
     assert one.setting == "adaptive β=6 W=10 G=10, at most 26 nodes"
     assert two.setting == "adaptive β=6 W=10 G=10, at most 4 nodes, pool_capacity=128"

@@ -34,7 +34,8 @@ def without_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def methods(*names: str, others: int = 2) -> list[Method]:
     return build(
-        names, draft_model="draft", draft_tokens=[3, 5], ngrams=[(2, 4, 3)], configs=[{}],
+        names, draft_model="draft", draft_tokens=[3, 5], ngrams=[(2, 4, 3)],
+        suffixes=[(1, 0.1)], configs=[{}],
         nodes=None, others=others,
     )  # fmt: skip
 

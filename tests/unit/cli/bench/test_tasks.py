@@ -39,7 +39,8 @@ def user(text: str) -> tuple[str, str]:
 
 def plan(tmp_path: Path, **changed: Any) -> Plan:
     found = build(
-        ["vanilla", "ngram"], draft_model=None, draft_tokens=[3], ngrams=[(2, 4, 3)], configs=[{}],
+        ["vanilla", "ngram"], draft_model=None, draft_tokens=[3], ngrams=[(2, 4, 3)],
+        suffixes=[(1, 0.1)], configs=[{}],
         nodes=None, others=0,
     )  # fmt: skip
     options: dict[str, Any] = {
