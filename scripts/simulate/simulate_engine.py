@@ -39,7 +39,7 @@ class ReplayedDraft:
     said at that place.
     """
 
-    kv_cache_gid, max_len = 0, MAX_LEN
+    kv_cache_gid, max_len, reads_features = 0, MAX_LEN, False
 
     def __init__(self, vocab: int, costs: Costs, watch: Watch) -> None:
         assert costs.draft is not None
@@ -47,10 +47,20 @@ class ReplayedDraft:
         self.live: list[Text] = []  # by row of the batch
 
     def forward(
-        self, clock, runner, requests, tokens, positions, writes, query_start_loc, contexts, tree
+        self,
+        clock,
+        runner,
+        slots,
+        requests,
+        tokens,
+        positions,
+        writes,
+        query_start_loc,
+        contexts,
+        tree,
     ) -> list[tuple[Text, int]]:
         """Text and place of each row, in the place of hidden states."""
-        del clock, runner, writes, contexts, tree
+        del clock, runner, slots, writes, contexts, tree
         self.watch.seconds += self.costs.round(len(tokens))
         rows: list[tuple[Text, int]] = []
         for row, first, last in zip(
@@ -60,6 +70,13 @@ class ReplayedDraft:
             text = self.live[row]
             rows += [(text, min(p, len(text.first) - 1)) for p in positions[first:last].tolist()]
         return rows
+
+    def cannot_wait(self, slot: int) -> bool:
+        """No request must read its text before it is drafted for."""
+        return False
+
+    def has_read(self, slot: int, tokens: int) -> None:
+        """Nothing waits to be read."""
 
     def logits(self, hidden: list[tuple[Text, int]], rows) -> torch.Tensor:
         """Logits [M, vocab] that give the recorded probabilities."""

@@ -25,7 +25,8 @@ class _SoftTargetLoss(torch.autograd.Function):
         teacher_weight: Tensor,
         soft: float,
     ) -> Tensor:
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), LOSS_CHUNK):
             part = slice(start, start + LOSS_CHUNK)
@@ -41,14 +42,18 @@ class _SoftTargetLoss(torch.autograd.Function):
                 grad.sub_(q, alpha=soft)
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            grad_weight.addmm_(grad.T, hidden[part])
-        ctx.save_for_backward(grad_hidden / len(hidden), grad_weight / len(hidden))
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[part])
+        if grad_weight is not None:
+            grad_weight /= len(hidden)
+        ctx.save_for_backward(grad_hidden / len(hidden), grad_weight)
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight * grad
+        return grad_hidden * grad, grad_weight, None, None, None, None
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from vllm_ouroboros.cli.loops import loops
 class Samples:
     """Token sequences `<s> ... </s>` in one flat array; a prompt is a sample's first tokens."""
 
-    tokens: np.ndarray  # uint16, all samples one after another
+    tokens: np.ndarray  # uint32, all samples one after another
     offsets: np.ndarray  # int64, [samples + 1]
     prompt_lengths: np.ndarray  # int32, tokens of `<s>` and prompt; 0 without a docstring
 
@@ -40,7 +40,7 @@ class Samples:
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> Samples:
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        tokens = np.fromiter((t for row in rows for t in row), np.uint16, int(offsets[-1]))
+        tokens = np.fromiter((t for row in rows for t in row), np.uint32, int(offsets[-1]))
         return cls(tokens, offsets, np.asarray(prompt_lengths, np.int32))
 
     def prompts(self, shortest: int, longest: int) -> list[list[int]]:

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pair_model import Llama
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 Step = tuple[Tensor, int]  # loss to differentiate, tokens it was computed from
 NextStep = Callable[[], Step]
@@ -49,7 +48,7 @@ class Record:
 class Optimizer:
     """Muon for the layers' matrices and AdamW for everything else, with one schedule."""
 
-    def __init__(self, model: Llama, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         matrices = [p for p in model.layers.parameters() if p.dim() == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -62,23 +61,42 @@ class Optimizer:
         self._parameters = [*matrices, *rest]
         self._peaks = [settings.rate, settings.rate / 2]
 
+    def clip(self) -> None:
+        """Keep the gradients small."""
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+
     def step(self, scale: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self.clip()
         for part, peak in zip(self.parts, self._peaks, strict=True):
             part.param_groups[0]["lr"] = peak * scale
             part.step()
             part.zero_grad(set_to_none=True)
 
 
+class HeadOptimizer(Optimizer):
+    """AdamW alone, gradients clipped by value, as draft heads are trained in the papers."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._parameters = [*model.parameters()]
+        self._peaks = [settings.rate]
+        self.parts = [
+            torch.optim.AdamW(self._parameters, settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
+        ]
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_value_(self._parameters, 0.5)
+
+
 def train(
-    model: Llama,
+    model: nn.Module,
     settings: Settings,
     next_step: NextStep,
     validate: Callable[[], float],
     work: Path,
+    optimizer_class: type[Optimizer] = Optimizer,
 ) -> Record:
     """Runs one stage within its time budget, resuming from its checkpoint in `work`."""
-    optimizer = Optimizer(model, settings)
+    optimizer = optimizer_class(model, settings)
     checkpoint = work / f"{settings.name}.checkpoint.pt"
     record = Record(settings.name, settings.detail)
     if checkpoint.exists():
@@ -116,7 +134,7 @@ def train(
     return record
 
 
-def _save(path: Path, model: Llama, optimizer: Optimizer, record: Record) -> None:
+def _save(path: Path, model: nn.Module, optimizer: Optimizer, record: Record) -> None:
     partial = path.with_suffix(".part")
     states = [part.state_dict() for part in optimizer.parts]
     torch.save(

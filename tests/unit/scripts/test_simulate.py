@@ -102,7 +102,7 @@ def test_logits_give_the_recorded_probabilities(traces) -> None:
     tokens, positions = np.zeros(3, np.int32), np.array([5, 6, 40])
     starts = np.array([0, 2, 3], np.int32)
     hidden = draft.forward(
-        None, None, np.array([0, 1]), tokens, positions, positions, starts, None, None
+        None, None, None, np.array([0, 1]), tokens, positions, positions, starts, None, None
     )
     assert watch.seconds == pytest.approx(costs().round(3))
     said = draft.logits(hidden, np.array([1, 2])).softmax(-1)

@@ -1,0 +1,139 @@
+"""What a draft head is trained on: the target's next feature, and its next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from head_model import Head
+from pair_loss import mixed_loss
+from torch import Tensor
+
+FEATURE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1  # of arXiv 2408.15562 and of EAGLE
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The target's frozen ends.
+
+    Attributes:
+        embeddings: [vocab, hidden].
+        lm_head: [draft vocab, hidden], rows of the tokens that may be drafted.
+        ids: int64 [draft vocab], their ids.
+        draft_ids: int64 [vocab], their places in ``ids``; -1 where a token is not drafted.
+    """
+
+    embeddings: Tensor
+    lm_head: Tensor
+    ids: Tensor
+    draft_ids: Tensor
+
+    @classmethod
+    def of(cls, embeddings: Tensor, lm_head: Tensor, ids: Tensor) -> Teacher:
+        """A teacher whose head drafts the tokens ``ids``."""
+        draft_ids = torch.full((len(embeddings),), -1, device=ids.device)
+        draft_ids[ids] = torch.arange(len(ids), device=ids.device)
+        return cls(embeddings, lm_head[ids].contiguous(), ids, draft_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts and the target's features of them.
+
+    Row i of a head reads token i and the feature before it, and predicts feature i, whose LM head
+    gives token i + 1. There is no feature before the first token: it is zero.
+
+    Attributes:
+        tokens: int64 [rows, T].
+        features: [rows, T, hidden].
+        counts: bool [rows, T - 1], rows whose prediction counts.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    counts: Tensor
+
+    @property
+    def before(self) -> Tensor:
+        """The feature before each row's token, [rows, T - 1, hidden]."""
+        return F.pad(self.features[:, :-2], (0, 0, 1, 0))
+
+    @property
+    def predicted(self) -> Tensor:
+        """The feature that each row predicts, [rows, T - 1, hidden]."""
+        return self.features[:, :-1]
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """The token that each row predicts, [rows, T - 1]."""
+        return self.tokens[:, 1:]
+
+
+def head_loss(
+    head: Head, teacher: Teacher, batch: Batch, passes: int = 1, noise: float = 0.0
+) -> Tensor:
+    """Mean over passes of the loss of one batch.
+
+    A later pass reads the features that the one before it predicted, as drafting does (HASS,
+    arXiv 2408.15766; training-time test of EAGLE-3, arXiv 2503.01840). Half of the time the first
+    row is left out, as stock vLLM does, and one feature of each text is missing, as behind a hit
+    of the prefix cache.
+
+    Args:
+        head: is trained.
+        teacher: gives embeddings and LM head.
+        batch: T tokens a row.
+        passes: how many.
+        noise: half the width of the uniform noise on the target's features.
+    """
+    true = batch.before
+    inputs = true + noise * (2 * torch.rand_like(true) - 1) if noise else true.clone()
+    rows = len(inputs)
+    absent = torch.randint(1, inputs.shape[1], (rows,), device=inputs.device)
+    absent[torch.rand(rows, device=inputs.device) < 0.5] = 0
+    inputs[torch.arange(rows, device=inputs.device), absent] = 0
+    inputs[:, 0] = 0
+    first = int(torch.rand(()) < 0.5)
+    inputs, true = inputs[:, first:], true[:, first:]
+    at = torch.arange(inputs.shape[1], device=inputs.device)
+    embeddings = teacher.embeddings[batch.tokens[:, first:-1]]
+    earlier: list[tuple[Tensor, Tensor]] = []
+    losses = []
+    for n in range(passes):
+        out = head(embeddings, inputs, earlier)
+        counts = batch.counts[:, first:] & (at >= n)
+        wanted = batch.predicted[:, first:][counts]
+        regression = F.smooth_l1_loss(out.feature[counts].float(), wanted.float())
+        labels = torch.zeros(1, len(wanted), dtype=torch.long, device=wanted.device)
+        confidence = mixed_loss(
+            out.logit[counts][None], teacher.lm_head, labels, wanted[None], teacher.lm_head, 1.0
+        )
+        losses.append(FEATURE_WEIGHT * regression + TOKEN_WEIGHT * confidence)
+        inputs = torch.cat((true[:, :1], out.feature[:, :-1]), 1)
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def chain_agreement(head: Head, teacher: Teacher, batch: Batch, length: int) -> Tensor:
+    """Counts int64 [length + 1] of chains by how many of their tokens the text has.
+
+    The n-th pass predicts what the n-th token of a chain is, given that those before it were
+    right; a chain begins at every row that counts.
+    """
+    embeddings = teacher.embeddings[batch.tokens[:, :-1]]
+    true, text = batch.before, batch.next_tokens
+    earlier: list[tuple[Tensor, Tensor]] = []
+    inputs, right = true, []
+    for _ in range(length):
+        out = head(embeddings, inputs, earlier)
+        chosen = (out.logit @ teacher.lm_head.T).argmax(-1)
+        right.append(teacher.ids[chosen] == text)
+        inputs = torch.cat((true[:, :1], out.feature[:, :-1]), 1)
+    starts = batch.counts[:, : text.shape[1] - length + 1]
+    going = starts.clone()
+    accepted = torch.zeros_like(starts, dtype=torch.long)
+    for n, agrees in enumerate(right):
+        going &= agrees[:, n : n + starts.shape[1]]
+        accepted += going
+    return torch.bincount(accepted[starts], minlength=length + 1)

@@ -1,0 +1,227 @@
+"""Trains a draft head (EAGLE, FSPAD) for a Llama or Qwen target on text that the target writes.
+
+\b
+    python scripts/train/train_head.py data     --target DIR --work DIR --minutes 30
+    python scripts/train/train_head.py features --target DIR --work DIR
+    python scripts/train/train_head.py train    --target DIR --work DIR --minutes 30
+    python scripts/train/train_head.py export   --target DIR --work DIR --out HEAD
+
+Every command resumes from the work directory and may be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import head_data
+import numpy as np
+import torch
+import typer
+from head_checkpoint import save_head
+from head_loss import chain_agreement, head_loss
+from head_model import Arm, Head
+from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
+from pair_data import PairError
+from pair_samples import Samples, batches
+from pair_train import HeadOptimizer, Settings, train
+from rich.console import Console
+from train_pair import MALLOC
+
+CHAIN = 5  # tokens of the chain that held-out agreement is told for
+app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
+console = Console(stderr=True)
+
+Target = Annotated[str, typer.Option(help="Folder or hub id of the target.")]
+Work = Annotated[Path, typer.Option(help="Directory for texts, features and checkpoints.")]
+Name = Annotated[str, typer.Option(help="Name of this head in the work directory.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Device = Annotated[str, typer.Option(help='"cpu" or "cuda".')]
+
+
+@app.command()
+def data(
+    target: Target,
+    work: Work,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Time to write texts in.")] = 30.0,
+    batch: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 128,
+    answer_tokens: Annotated[int, typer.Option(min=8, help="Most tokens of an answer.")] = 256,
+    follow_up: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of conversations that go on.")
+    ] = 0.3,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines with "prompt": user turns that are answered first; without a chat '
+            "template, texts to continue."
+        ),
+    ] = None,
+) -> None:
+    """Lets the target write conversations, through vLLM."""
+    from vllm import LLM
+
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "conversations.jsonl"
+    written = path.read_text().count("\n") if path.exists() else 0
+    llm = LLM(
+        target, dtype="bfloat16", max_model_len=1024, max_num_seqs=batch, seed=written,
+        enable_prefix_caching=True,
+    )  # fmt: skip
+    turns = [json.loads(line)["prompt"] for line in texts.open()] if texts else []
+    if llm.get_tokenizer().chat_template is None:
+        if not turns:
+            raise PairError(f"--target: '{target}' has no chat template; give it --texts")
+        head_data.write_continuations(llm, path, turns, batch=batch, answer_tokens=answer_tokens)
+        return
+    head_data.write_conversations(
+        llm, path, minutes=minutes, batch=batch, answer_tokens=answer_tokens, turns=turns,
+        follow_up=follow_up,
+    )  # fmt: skip
+
+
+@app.command()
+def features(
+    target: Target,
+    work: Work,
+    max_tokens: Annotated[int, typer.Option(min=32, help="Longer texts are cut.")] = 512,
+    threads: Threads = 2,
+    device: Device = "cpu",
+) -> None:
+    """Splits the texts and writes the target's features of them."""
+    torch.set_num_threads(threads)
+    parts = dict(
+        zip(
+            ("train", "held_out"),
+            head_data.split(work / "conversations.jsonl", max_tokens),
+            strict=True,
+        )
+    )
+    model = load_target(target, device)
+    for name, samples in parts.items():
+        samples.save(work / f"{name}.npz")
+        console.print(f"{name}: {len(samples):,} texts, {len(samples.tokens):,} tokens")
+        Features(work / f"{name}.features", samples, model.config.hidden_size).write(model)
+
+
+@app.command("train")
+def train_(
+    target: Target,
+    work: Work,
+    name: Name = "fspad",
+    arm: Annotated[Arm, typer.Option(help="Which head.")] = Arm.fspad,
+    passes: Annotated[
+        int, typer.Option(min=1, help="Passes on the head's own predictions, the first included.")
+    ] = 1,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="Tokens that may be drafted, the most frequent; 0 for all.")
+    ] = 8192,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Time budget, wall clock.")] = 30.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 5e-4,
+    batch_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a batch.")] = 4096,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    noise: Annotated[float, typer.Option(min=0.0, help="Noise on features, of their size.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    threads: Threads = 2,
+    device: Device = "cpu",
+) -> None:
+    """Trains one head; tells how many tokens of a chain agree with held-out text."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = load_target(target, device)
+    samples, held_out = (_samples(work, part) for part in ("train", "held_out"))
+    size = min(vocabulary or model.config.vocab_size, model.config.vocab_size)
+    ids = frequent_tokens(samples, model.config.vocab_size, size)
+    teacher = teacher_of(model, ids)
+    head = Head(head_shape(model.config, arm)).to(device)
+    of_training = Features(work / "train.features", samples, model.config.hidden_size)
+    of_held_out = Features(work / "held_out.features", held_out, model.config.hidden_size)
+    order = batches(samples, batch_tokens, seed)
+    size_of_feature = float(of_training.batch(next(order), device).features.float().abs().mean())
+
+    def step() -> tuple[torch.Tensor, int]:
+        losses, tokens = [], 0
+        for _ in range(accumulate):
+            batch = of_training.batch(next(order), device)
+            with torch.autocast(device, torch.bfloat16):
+                loss = head_loss(head, teacher, batch, passes, noise * size_of_feature)
+            loss = loss / accumulate
+            if len(losses) + 1 < accumulate:
+                loss.backward()
+            losses.append(loss)
+            tokens += int(batch.counts.sum())
+        return losses[-1], tokens
+
+    def validate() -> float:
+        return _accepted(head, teacher, of_held_out, batch_tokens, device)[0]
+
+    detail = f"{arm.value}, {passes} passes, {size} tokens, {len(samples.tokens)} tokens of text"
+    settings = Settings(name, minutes, batch_tokens, rate, max_steps, seed, detail)
+    record = train(head, settings, step, validate, work, HeadOptimizer)
+    accepted, shares = _accepted(head, teacher, of_held_out, batch_tokens, device)
+    result = {"arm": arm.value, "passes": passes, "seed": seed, "accepted": accepted,
+              "agreement": shares, **vars(record)}  # fmt: skip
+    with (work / "heads.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    np.save(work / f"{name}.ids.npy", ids.numpy())
+    (work / f"{name}.arm").write_text(arm.value)
+    console.print(result)
+
+
+@app.command()
+def export(
+    target: Target,
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Directory of the head.")],
+    name: Name = "fspad",
+) -> None:
+    """Writes a trained head as vLLM's eagle method and Ouroboros load it."""
+    model = load_target(target, "cpu")
+    arm = Arm((work / f"{name}.arm").read_text())
+    head = Head(head_shape(model.config, arm))
+    head.load_state_dict(torch.load(work / f"{name}.pt", map_location="cpu"))
+    save_head(head, model, np.load(work / f"{name}.ids.npy"), out)
+    console.print(f"wrote {out}")
+
+
+def _samples(work: Path, part: str) -> Samples:
+    path = work / f"{part}.npz"
+    if not path.exists():
+        raise PairError(f"--work: '{work}' has no {part} texts; run data and features first")
+    return Samples.load(path)
+
+
+def _accepted(
+    head: Head, teacher: Any, features: Features, batch_tokens: int, device: str
+) -> tuple[float, list[float]]:
+    """Accepted tokens of a chain on held-out text, and the share of agreement at each place."""
+    counts = torch.zeros(CHAIN + 1, dtype=torch.long)
+    indices = np.argsort(features.samples.lengths, kind="stable").tolist()
+    most = max(1, batch_tokens // int(features.samples.lengths.max()))
+    with torch.autocast(device, torch.bfloat16):
+        for first in range(0, len(indices), most):
+            batch = features.batch(indices[first : first + most], device)
+            if batch.tokens.shape[1] >= CHAIN + 2:
+                counts += chain_agreement(head, teacher, batch, CHAIN).cpu()
+    reached = counts.flip(0).cumsum(0).flip(0).double()
+    shares = (reached[1:] / reached[:-1].clamp(min=1)).tolist()
+    return float(reached[1:].sum() / reached[0]), [round(share, 4) for share in shares]
+
+
+def main() -> None:
+    """Entry point: a user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except PairError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    if not MALLOC.keys() <= os.environ.keys():  # read by glibc at process start only
+        import sys
+
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    main()

@@ -1,0 +1,202 @@
+"""Unit tests of scripts/train/train_head.py and its helpers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "train"
+sys.path.insert(0, str(SCRIPTS))
+
+import head_data  # noqa: E402
+import head_loss  # noqa: E402
+import head_model  # noqa: E402
+import head_target  # noqa: E402
+import pair_samples  # noqa: E402
+import train_head  # noqa: E402
+from head_model import Arm  # noqa: E402
+
+from ..helpers.head_reference import reference  # noqa: E402
+
+TINY = Path(__file__).resolve().parents[3] / "vllm_ouroboros/assets/tiny-code/target"
+SHAPE = head_model.HeadShape(
+    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, rope_theta=10000.0, rms_norm_eps=1e-5,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toy tensors are faster on one thread, and the machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch_of(rows: int, tokens: int, vocabulary: int = 64) -> head_loss.Batch:
+    counts = torch.ones(rows, tokens - 1, dtype=torch.bool)
+    counts[:, :3] = False
+    return head_loss.Batch(
+        torch.randint(0, vocabulary, (rows, tokens)), torch.randn(rows, tokens, 32), counts
+    )
+
+
+def teacher(vocabulary: int = 64, drafted: int = 40) -> head_loss.Teacher:
+    ids = torch.randperm(vocabulary)[:drafted].sort().values
+    return head_loss.Teacher.of(torch.randn(vocabulary, 32), torch.randn(vocabulary, 32), ids)
+
+
+@pytest.mark.parametrize("arm", list(Arm))
+def test_a_head_computes_the_formulas(arm: Arm) -> None:
+    head = head_model.Head(replace(SHAPE, arm=arm))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    e, f = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    out = head(e, f)
+    for row in range(2):
+        logit, feature = reference(head.state_dict(), e[row], f[row])
+        torch.testing.assert_close(out.logit[row].double(), logit, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.feature[row].double(), feature, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out.logit, out.feature) == (not arm.splits_output)
+
+
+def test_arms_differ_in_what_their_names_say() -> None:
+    sizes = {
+        arm: sum(p.numel() for p in head_model.Head(replace(SHAPE, arm=arm)).parameters())
+        for arm in Arm
+    }
+    assert sizes[Arm.eagle] < sizes[Arm.partial_alignment] < sizes[Arm.feature_sampling]
+    assert sizes[Arm.feature_sampling] < sizes[Arm.fspad]
+    assert abs(sizes[Arm.eagle_wide] / sizes[Arm.fspad] - 1) < 0.01
+
+
+def test_features_and_confidence_are_aligned_on_halves_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = head_model.Head(SHAPE)
+    down = head.layers[0].mlp.down_proj.weight
+    for weight, touched in (("TOKEN_WEIGHT", slice(32, 64)), ("FEATURE_WEIGHT", slice(0, 32))):
+        monkeypatch.setattr(head_loss, "TOKEN_WEIGHT", 0.1)
+        monkeypatch.setattr(head_loss, "FEATURE_WEIGHT", 1.0)
+        monkeypatch.setattr(head_loss, weight, 0.0)
+        head.zero_grad()
+        head_loss.head_loss(head, teacher(), batch_of(2, 12)).backward()
+        rest = torch.ones(64, dtype=torch.bool)
+        rest[touched] = False
+        assert down.grad[touched].abs().sum() > 0
+        assert down.grad[rest].abs().sum() == 0
+
+
+def test_later_passes_read_what_the_head_predicted() -> None:
+    """Pass by pass over a text, and one token at a time as drafting does, are the same."""
+    head = head_model.Head(SHAPE).double()
+    e, f = torch.randn(1, 10, 32).double(), torch.randn(1, 10, 32).double()
+    earlier: list = []
+    inputs, outs = f, []
+    for _ in range(3):
+        outs.append(head(e, inputs, earlier))
+        inputs = torch.cat((f[:, :1], outs[-1].feature[:, :-1]), 1)
+    for start in range(3, 8):  # the first row that reads the target's feature last
+        features = f[:, : start + 1]
+        for n in range(3):
+            out = head(e[:, : start + 1 + n], features)
+            torch.testing.assert_close(out.logit[:, -1], outs[n].logit[:, start + n])
+            features = torch.cat((features, out.feature[:, -1:]), 1)
+
+
+def test_chains_end_at_the_first_token_that_the_text_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, given = head_model.Head(SHAPE), batch_of(1, 10)
+    ends = teacher(drafted=64)
+    expected = torch.zeros(4, dtype=torch.long)
+    for start in range(3, 7):
+        features, accepted = given.before[:, : start + 1], 0
+        for n in range(3):
+            embeddings = ends.embeddings[given.tokens[:, : start + 1 + n]]
+            out = head(embeddings, features)
+            if int((out.logit[0, -1] @ ends.lm_head.T).argmax()) != given.tokens[0, start + 1 + n]:
+                break
+            accepted += 1
+            features = torch.cat((features, out.feature[:, -1:]), 1)
+        expected[accepted] += 1
+    found = head_loss.chain_agreement(head, ends, given, 3)
+    assert found.tolist() == expected.tolist()
+
+
+def test_training_text_has_no_repeats_and_whole_conversations_are_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.jsonl"
+    lines = []
+    for i in range(300):
+        opening = [7] * 30 + [i % 250] + [9] * 40
+        prompt = opening + ([5, i] if i >= 250 else [])
+        answer = [1, 2, 3, 4] * 20 if i == 3 else [*range(i, i + 20)]
+        lines.append({"prompt": prompt, "answer": answer})
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    training, held_out = head_data.split(path, max_tokens=82)
+    assert len(training) + len(held_out) == 299
+    assert max(training.lengths) == 82
+    first = {int(one[30]) for one in (training[i] for i in range(len(training)))}
+    assert first.isdisjoint({int(held_out[i][30]) for i in range(len(held_out))})
+
+
+def test_the_tokens_that_may_be_drafted_are_the_most_frequent_in_answers() -> None:
+    samples = pair_samples.Samples.from_lists([[1, 1, 1, 5, 6, 6], [2, 6, 7, 5]], [3, 1])
+    assert head_target.frequent_tokens(samples, 9, 2).tolist() == [5, 6]
+
+
+def test_features_go_on_where_they_end_and_do_not_see_padding(tmp_path: Path) -> None:
+    model = head_target.load_target(str(TINY), "cpu").float()
+    rows = [np.random.default_rng(n).integers(2, 4000, n).tolist() for n in (5, 9, 7, 12)]
+    samples = pair_samples.Samples.from_lists(rows, [1, 2, 3, 0])
+    model.config.hidden_size = 256
+    found = head_target.Features(tmp_path / "f", samples, 256)
+    model = model.to(torch.bfloat16)
+    found.write(model, batch_tokens=20)
+    whole = found.path.read_bytes()
+    found.path.write_bytes(whole[: 2 * 256 * 6 + 10])  # ends within the second text
+    found.write(model, batch_tokens=20)
+    assert found.written == 33
+    batch = found.batch([0, 1], "cpu")
+    alone = model.model(input_ids=torch.tensor([rows[0]])).last_hidden_state
+    torch.testing.assert_close(batch.features[0, :5], alone[0], atol=0.05, rtol=0.05)
+    assert batch.counts.tolist() == [[True] * 4 + [False] * 4, [False] + [True] * 7]
+
+
+def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = [
+        {"prompt": rng.integers(2, 99, 20).tolist(), "answer": rng.integers(2, 99, 20).tolist()}
+        for _ in range(150)
+    ]
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "conversations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    common = ["--target", str(TINY), "--work", str(work)]
+
+    def run(*args: str) -> None:
+        result = CliRunner().invoke(train_head.app, [args[0], *common, *args[1:]])
+        assert result.exit_code == 0, result.output
+
+    run("features", "--threads", "1")
+    options = "--max-steps", "2", "--batch-tokens", "400", "--vocabulary", "64", "--threads", "1"
+    run("train", "--accumulate", "2", "--passes", "2", *options)
+    record = json.loads((work / "heads.jsonl").read_text())
+    assert record["steps"] == 2 and len(record["agreement"]) == 5
+    run("export", "--out", str(tmp_path / "head"))
+    config = json.loads((tmp_path / "head/config.json").read_text())
+    assert config["architectures"] == ["EagleFSPADLlamaForCausalLM"]
+    tensors = load_file(tmp_path / "head/model.safetensors")
+    ids = tensors["d2t"] + torch.arange(64)
+    assert (ids.diff() > 0).all() and ids.max() < 4096
+    assert tensors["layers.0.mlp.down_proj.weight"].shape == (512, 704)
