@@ -106,6 +106,7 @@ class DraftCache:
             lengths = [end - start for _, _, start, end in chunk]
             self._forward(
                 runner,
+                np.array([slot for slot, _, _, _ in chunk], np.int64),
                 np.array([row for _, row, _, _ in chunk], np.int64),
                 np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
                 positions,

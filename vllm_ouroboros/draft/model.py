@@ -56,10 +56,16 @@ class DraftModel:
     Args:
         path: directory or hub id of the draft model.
         vllm_config: configuration of the engine (the target's).
+        hf_overrides: entries of its ``config.json`` to replace.
     """
 
-    def __init__(self, path: str, vllm_config: VllmConfig) -> None:
-        self.target_config = vllm_config
+    reads_features = False
+    """Whether it reads the target's features, as heads do."""
+
+    def __init__(
+        self, path: str, vllm_config: VllmConfig, hf_overrides: dict[str, Any] | None = None
+    ) -> None:
+        self.target_config = self.load_config = vllm_config
         target = vllm_config.model_config
         self.model_config = ModelConfig(
             model=path,
@@ -71,21 +77,26 @@ class DraftModel:
             seed=target.seed,
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,
+            hf_overrides=hf_overrides or {},
         )
         self.max_len: int = self.model_config.max_model_len
         self.layer_names: list[str] = []
         self.kv_cache_gid = -1
         self.graphs: DraftGraphs | None = None  # on CUDA devices, unless eager
 
-    def load(self) -> None:
-        """Load the weights; the layers register themselves for KV cache."""
+    def load(self, target: torch.nn.Module) -> None:
+        """Load the weights; the layers register themselves for KV cache.
+
+        Args:
+            target: the loaded target, of which a head shares embeddings and LM head.
+        """
         from vllm.compilation.backends import set_model_tag
         from vllm.model_executor.model_loader import get_model
 
         before = set(get_layers_from_vllm_config(self.target_config, Attention))
         # adapters are the target's: the draft model has none
         self.vllm_config = replace(
-            self.target_config,
+            self.load_config,
             quant_config=None,
             lora_config=None,
             model_config=self.model_config,
@@ -125,6 +136,7 @@ class DraftModel:
         self,
         clock: StepClock,
         runner: GPUModelRunner,
+        slots: np.ndarray,
         requests: np.ndarray,
         tokens: np.ndarray,
         positions: np.ndarray,
@@ -138,7 +150,8 @@ class DraftModel:
         Args:
             clock: keeps the model's time apart from the preparation's.
             runner: holds the block tables.
-            requests: int64 [R], rows of the requests in the runner's batch.
+            slots: int64 [R], the requests' slots in the state of drafting.
+            requests: int64 [R], their rows in the runner's batch.
             tokens: int32 [T].
             positions: int64 [T].
             writes: int64 [T], position whose KV slot a row fills, or -1.
@@ -147,13 +160,13 @@ class DraftModel:
             tree: attention mask of all rows, or None for plain causal rows.
         """
         table = runner.input_batch.block_table[self.kv_cache_gid]
-        slots = np.empty(len(tokens), np.int64)
+        kv_slots = np.empty(len(tokens), np.int64)
         slot_mapping(
-            writes, query_start_loc, requests, table.block_table.np, self.block_size, slots
+            writes, query_start_loc, requests, table.block_table.np, self.block_size, kv_slots
         )
         device = runner.device
         ids, places, slots_tensor = (
-            torch.from_numpy(array).to(device) for array in (tokens, positions, slots)
+            torch.from_numpy(array).to(device) for array in (tokens, positions, kv_slots)
         )
         if tree is None:
             metadata = self._causal(
@@ -188,7 +201,10 @@ class DraftModel:
             slot_mapping=dict.fromkeys(self.layer_names, slots),
         )
         with context:
-            return self.model(input_ids=tokens, positions=positions)
+            return self._run_model(tokens, positions)
+
+    def _run_model(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, positions=positions)
 
     def _causal(
         self,
@@ -227,6 +243,13 @@ class DraftModel:
     def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """Logits [M, vocab] of the rows int64 [M] of a forward."""
         return self.model.compute_logits(hidden[torch.from_numpy(rows).to(hidden.device)])
+
+    def cannot_wait(self, slot: int) -> bool:
+        """Whether a request must read its text now, even if nothing is drafted for it."""
+        return False
+
+    def has_read(self, slot: int, tokens: int) -> None:
+        """A request has read so many tokens of its text."""
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""

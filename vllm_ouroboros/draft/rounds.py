@@ -65,7 +65,7 @@ class DraftRounds:
         self.seconds = 0.0  # that the last rounds took
         self.drafted = False  # whether there were any
         self._last_rows = 1  # of the last round
-        self._width = RoundWidth.FULL
+        self._width = RoundWidth.CHAIN if draft.reads_features else RoundWidth.FULL
 
     @property
     def widest(self) -> int:
@@ -106,8 +106,14 @@ class DraftRounds:
         state, drafting, batch = self.drafting.state, self.drafting, len(slots)
         able = state.committed[slots] + drafting.budget < self.draft.max_len
         slots, rows, expected_accepted = slots[able], rows[able], expected_accepted[able]
+        waiting: list[CatchUp] = []
         if self.policy is not None:
-            prompts = [one for one in prompts if self.policy.reads_prompt(one.slot, self._lag(one))]
+            prompts = [
+                one
+                for one in prompts
+                if self.draft.cannot_wait(one.slot)
+                or self.policy.reads_prompt(one.slot, self._lag(one))
+            ]
             if len(slots):
                 self._width = self._choose_width(self.policy, len(slots))
                 rows_of_round = self._expected_rows(len(slots), self._width)
@@ -116,13 +122,15 @@ class DraftRounds:
                 chosen = self.policy.choose_drafted(
                     slots, expected_accepted, rows_of_round, lags, state.node_limit[slots]
                 )
+                waiting = [
+                    one
+                    for one in self._unread(slots[~chosen], rows[~chosen])
+                    if self.draft.cannot_wait(one.slot)
+                ]
                 slots, rows = slots[chosen], rows[chosen]
-        late = [
-            CatchUp(slot, row, int(state.committed[slot]) - 1)
-            for slot, row in zip(slots.tolist(), rows.tolist(), strict=True)
-        ]
+        late = self._unread(slots, rows)
         self.cache.catch_up(runner, late, token_ids, MAX_CATCH_UP)
-        self.cache.catch_up(runner, prompts, token_ids, 0)
+        self.cache.catch_up(runner, [*prompts, *waiting], token_ids, 0)
         able = state.committed[slots] - state.cached[slots] <= MAX_CATCH_UP + 1
         slots, rows = slots[able], rows[able]
         begin, self.drafted = self.clock.now(), bool(len(slots))
@@ -133,8 +141,18 @@ class DraftRounds:
         end = self.clock.now()
         if self.policy is not None and self.drafted:
             self.policy.observe_drafting(end - begin)
-        self.cache.mark_complete(runner, [*late, *prompts])
+        read = [*late, *prompts, *waiting]
+        self.cache.mark_complete(runner, read)
+        for one in read:
+            self.draft.has_read(one.slot, min(int(state.cached[one.slot]), one.end + 1))
         self.seconds = end - start
+
+    def _unread(self, slots: np.ndarray, rows: np.ndarray) -> list[CatchUp]:
+        """What requests would have to read to draft after their last token."""
+        return [
+            CatchUp(slot, row, int(self.drafting.state.committed[slot]) - 1)
+            for slot, row in zip(slots.tolist(), rows.tolist(), strict=True)
+        ]
 
     def _lag(self, one: CatchUp) -> int:
         return one.end - int(self.drafting.state.cached[one.slot])
@@ -172,6 +190,8 @@ class DraftRounds:
 
     def _choose_width(self, policy: Policy, requests: int) -> RoundWidth:
         """The widest round that costs little more than one of the chain alone."""
+        if self.draft.reads_features:  # guesses and windows have no features
+            return RoundWidth.CHAIN
         rows = {width: self._expected_rows(requests, width) for width in RoundWidth}
         fewest = rows[RoundWidth.CHAIN]
         return max(w for w in RoundWidth if policy.affords_rows(requests, rows[w], fewest))
@@ -192,7 +212,7 @@ class DraftRounds:
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids, self._width)
         start = self.clock.now()
-        logits = self._logits(runner, rows, out, total, wanted)
+        logits = self._logits(runner, slots, rows, out, total, wanted)
         with self.clock.phase("choose"):
             predicted = np.zeros(total, np.int64)
             index = out.logits_rows[:wanted]
@@ -257,11 +277,11 @@ class DraftRounds:
         """One masked draft forward over chains and branches, for the token after each branch."""
         with self.clock.phase("plan"):
             out, total, which = self.drafting.plan_branches(slots)
-        logits = self._logits(runner, rows, out, total, len(which))
+        logits = self._logits(runner, slots, rows, out, total, len(which))
         with self.clock.phase("choose"):
             sampling.follow(slots, rows, which, logits)
 
-    def _logits(self, runner, rows, out: Round, total: int, wanted: int) -> torch.Tensor:
+    def _logits(self, runner, slots, rows, out: Round, total: int, wanted: int) -> torch.Tensor:
         """Logits [M, vocab] of the first ``wanted`` of ``out.logits_rows``."""
         with self.clock.phase("plan"):
             tree = runner.tree_step(
@@ -273,7 +293,7 @@ class DraftRounds:
                 save_kv=False,
             )
         hidden = self._forward(
-            runner, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
+            runner, slots, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
             out.query_start_loc, out.context_lens, tree,
         )  # fmt: skip
         with self.clock.model("draft"):

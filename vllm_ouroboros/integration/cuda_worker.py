@@ -61,6 +61,8 @@ class OuroborosCUDARunner(TreeRunner):
         rounds = self.drafter.rounds
         if draft is None or rounds is None or self.model_config.enforce_eager:
             return taken
+        if draft.reads_features:  # the graphs have no place for features
+            return taken
         free = torch.cuda.mem_get_info()[0]
         table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
         static = StaticSteps(self.device, self.max_num_reqs, MAX_ROWS, rounds.widest, draft.max_len)

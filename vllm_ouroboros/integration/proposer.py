@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
+from vllm_ouroboros.draft.head import DraftHead, is_head
 from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.rounds import DraftRounds
@@ -67,7 +68,9 @@ class OuroborosProposer:
         self.budget: int = vllm_config.num_speculative_tokens
         self.draft = draft
         if config.draft_model is not None and draft is None:
-            self.draft = DraftModel(config.draft_model, vllm_config)
+            kind = DraftHead if is_head(config.draft_model) else DraftModel
+            self.draft = kind(config.draft_model, vllm_config)
+        head = self.draft if isinstance(self.draft, DraftHead) else None
         self.eos = eos_token_ids(vllm_config)
         self.drafting = Drafting(
             PhrasePool(config.pool_capacity, config.guess_set_size, config.phrase_len),
@@ -75,12 +78,18 @@ class OuroborosProposer:
             budget=self.budget,
             draft_tokens=self.budget if config.adaptive else config.draft_tokens,
             num_suffixes=config.num_suffixes,
-            window_size=config.window_size,
+            window_size=0 if head else config.window_size,
             max_len=self.draft.max_len if self.draft else self.max_model_len,
             stops=tuple(sorted(self.eos)),
             contexts=len(CONTEXTS) if config.adaptive else 1,
+            keeps_chain_kv=head is None,
         )
+        self.head = head
+        if head is not None:
+            head.use(self.drafting.state)
         self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
+        self._on_release = [head.features.forget] if head is not None else []
+        self.requests.on_release = self._release
         self.counters = Counters()
         self.clock = clock or StepClock()
         self.rounds = None
@@ -109,6 +118,10 @@ class OuroborosProposer:
                 ", ".join(opaque),
             )
 
+    def _release(self, slot: int) -> None:
+        for forget in self._on_release:
+            forget(slot)
+
     def _draft_prefix(self, req_id: str, computed: int) -> int:
         """How many of the tokens that a request starts with have draft KV."""
         if self.rounds is None:
@@ -127,11 +140,10 @@ class OuroborosProposer:
         return self._runner
 
     def load_model(self, target: torch.nn.Module) -> None:
-        """Load the draft model; called by the runner once the target is loaded."""
-        del target
+        """Load the draft model or head; called by the runner once the target is loaded."""
         model = self.runner.model_config
         if self.draft is not None:
-            self.draft.load()
+            self.draft.load(target)
         drafting.warm_up()
         acceptance_estimates.warm_up()
         if self.config.pool_path is not None:
@@ -190,6 +202,8 @@ class OuroborosProposer:
         with self.clock.phase("propose"):
             with self.clock.phase("learn"):
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
+                if self.head is not None:
+                    self._keep_features(self.head)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._end_step(sampled_token_ids)
             if self.persistence is not None:
@@ -197,12 +211,29 @@ class OuroborosProposer:
         self.clock.end_step(len(drafts))
         return drafts
 
+    def _keep_features(self, head: DraftHead) -> None:
+        """Hand the features of this step's text to the draft head: prompts and accepted rows."""
+        runner, batch = self.runner, self.runner.input_batch
+        rows: list[np.ndarray] = []
+        first = 0
+        for req_id in batch.req_ids:
+            scheduled = runner.scheduled_tokens[req_id]
+            text = first + np.arange(scheduled - runner.drafted_tokens.get(req_id, 0))
+            found = runner.verified.get(req_id)
+            rows.append(text if found is None else np.append(text, text[-1] + 1 + found.path))
+            first += scheduled
+        index = torch.from_numpy(np.concatenate(rows)).to(runner.hidden_states.device)
+        features = runner.hidden_states[index].split([len(some) for some in rows])
+        for row, (req_id, some) in enumerate(zip(batch.req_ids, features, strict=True)):
+            computed = int(batch.num_computed_tokens_cpu[row])
+            head.features.add(self.requests[req_id].slot, computed, some)
+
     def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""
         self.policy = policy
         if self.persistence is not None:
             self.persistence.costs = policy.costs
-        self.requests.on_release = policy.forget
+        self._on_release.append(policy.forget)
         if self.rounds is not None:
             self.rounds.policy = policy
 

@@ -84,6 +84,8 @@ class TreeRunner(GPUModelRunner):
         self.trees: TreeBatch | None = None
         self.verified: dict[str, Verified] = {}
         self.scheduled_tokens: dict[str, int] = {}
+        self.drafted_tokens: dict[str, int] = {}  # those of them that were drafted
+        self.hidden_states = torch.zeros(0)  # of the target's last forward, for draft heads
 
     def _init_without_processors(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
         """vLLM's set-up, which ends with an error if it sees custom logits processors here."""
@@ -133,6 +135,7 @@ class TreeRunner(GPUModelRunner):
         req_ids = self.input_batch.req_ids
         with self.drafter.clock.phase("tree"):
             flat = [scheduled.get(req_id, []) for req_id in req_ids]
+            self.drafted_tokens = {req_id: len(tokens) for req_id, tokens in scheduled.items()}
             trees = [
                 self.drafter.requests.tree_of(req_id, tokens) if tokens else None
                 for req_id, tokens in zip(req_ids, flat, strict=True)
@@ -219,6 +222,8 @@ class TreeRunner(GPUModelRunner):
                 if rows <= curve.sizes[-1]:
                     curve.observe(rows, seconds)
             drafter.forward_seconds = seconds
+        if drafter.head is not None:
+            self.hidden_states = output[0] if isinstance(output, tuple) else output
         return output
 
     def measure_costs(self) -> None:

@@ -38,7 +38,8 @@ class Drafting:
 
     Sizes are those of `OuroborosConfig`; ``budget`` is the node budget of a tree, ``max_len`` the
     positions that the draft model knows, ``stops`` the ids after which no draft goes on; with
-    ``contexts`` above 1 keys of the pool are also several tokens in a row (`CONTEXTS`).
+    ``contexts`` above 1 keys of the pool are also several tokens in a row (`CONTEXTS`);
+    ``keeps_chain_kv`` is false where a chain's draft KV is worth less than that of the same text.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Drafting:
         max_len: int,
         stops: tuple[int, ...] = (),
         contexts: int = 1,
+        keeps_chain_kv: bool = True,
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
         self.pool, self.max_len, self.contexts = pool, max_len, contexts
+        self.keeps_chain_kv = keeps_chain_kv
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
         self.state = RequestState.empty(size, budget, beta, window_size)
@@ -225,7 +228,8 @@ class Drafting:
         """After verification: keep the draft KV of those chain tokens that were committed."""
         state = self.state
         agreed = 0
-        for token in state.chain[slot, : state.chain_len[slot]].tolist():
+        kept = state.chain_len[slot] if self.keeps_chain_kv else 0
+        for token in state.chain[slot, :kept].tolist():
             if agreed == len(emitted) or emitted[agreed] != token:
                 break
             agreed += 1

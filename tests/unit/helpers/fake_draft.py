@@ -38,6 +38,10 @@ def said(model: Language, text, count: int, stops, generator=None) -> list[int]:
 class FakeDraft:
     """A draft model whose KV in a slot is the whole sequence that its row saw."""
 
+    reads_features = False
+    cannot_wait = staticmethod(lambda slot: False)
+    has_read = staticmethod(lambda slot, tokens: None)
+
     def __init__(self, model: Language, max_len: int) -> None:
         self.model, self.max_len, self.kv_cache_gid = model, max_len, 0
         self.kv: dict[int, tuple[int, ...]] = {}
@@ -50,6 +54,7 @@ class FakeDraft:
         self,
         clock,
         runner,
+        slots,
         requests,
         tokens,
         positions,
