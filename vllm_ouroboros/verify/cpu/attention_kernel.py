@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit, prange
 from numba.np.ufunc import parallel
 
+from vllm_ouroboros.verify.cpu import amx_tile, matmul_tile
 from vllm_ouroboros.verify.cpu.amx_tile import (
     add_amx_product,
     begin_tiles,
@@ -23,8 +24,6 @@ from vllm_ouroboros.verify.cpu.amx_tile import (
 )
 from vllm_ouroboros.verify.cpu.matmul_tile import LANES, add_product
 
-_TILE = 16
-"""Rows of a request and KV head are made whole tiles of so many."""
 _UNSEEN = np.float32(-1e30)
 _LOG2_E = np.float32(math.log2(math.e))
 _LOWEST = np.float32(-126.0)  # exponent of the smallest normal float32
@@ -35,10 +34,10 @@ _C1, _C2, _C3, _C4, _C5, _C6, _C7 = (
 
 
 @njit(cache=True)
-def _whole(query):
-    """Bits [n, D] of bits [Q, group, D]; rows of zeros make them whole tiles."""
+def _whole(query, tile):
+    """Bits [n, D] of bits [Q, group, D]; rows of zeros make them whole tiles of so many rows."""
     width, group, dim = query.shape
-    bits = np.zeros((-(-width * group // _TILE) * _TILE, dim), query.dtype)
+    bits = np.zeros((-(-width * group // tile) * tile, dim), query.dtype)
     bits[: width * group] = np.ascontiguousarray(query).reshape(width * group, dim)
     return bits
 
@@ -143,12 +142,39 @@ def _amx_values(scores, halves, n, seen, pages, at, block, result):
 
 
 @njit(cache=True)
-def _no_tiles():
-    """Nothing: there are no tiles to configure or to give back."""
+def _vec_begin(rows, most):
+    """Nothing: weights stay float32, and there are no tiles."""
+    return np.empty((0, 0), np.uint16)
 
 
-def _attention(page_scores, page_values, begin, end):
-    """The kernel for pages of one layout; compiled when it is first called."""
+@njit(cache=True)
+def _vec_end():
+    """Nothing."""
+
+
+@njit(cache=True)
+def _amx_begin(rows, most):
+    """Configure the tiles; room for weights in bfloat16."""
+    begin_tiles()
+    return np.zeros((rows, most), np.uint16)
+
+
+@njit(cache=True)
+def _amx_end():
+    """Give the tiles back."""
+    end_tiles()
+
+
+def _attention(tile, page_scores, page_values, begin, end):
+    """The kernel for pages of one layout; compiled when it is first called.
+
+    Args:
+        tile: rows of a tile.
+        page_scores: writes the scores of a page.
+        page_values: adds the values of a page.
+        begin: called before the pages; gives ``page_values`` its room.
+        end: called behind them.
+    """
 
     @njit(cache=True, fastmath=True)
     def attend(
@@ -158,11 +184,10 @@ def _attention(page_scores, page_values, begin, end):
         """One request and KV head: [n, D] for rows [Q, group, D], heads of a row side by side."""
         width, group, dim = query.shape
         n, half = width * group, dim * block
-        bits = _whole(query)
+        bits = _whole(query, tile)
         queries = _scaled(bits, scale)
         most = -(-max(block, width) // 32) * 32
         scores = np.empty((len(queries), most), np.float32)
-        halves = np.zeros((len(queries), most), np.uint16)
         power_bits = np.empty(most, np.int32)
         power = power_bits.view(np.float32)
         top, total = np.full(n, _UNSEEN, np.float32), np.zeros(n, np.float32)
@@ -175,7 +200,7 @@ def _attention(page_scores, page_values, begin, end):
         first = 0  # slot that any row sees
         if window > 0:
             first = max(0, position.min() + 1 - window)
-        begin()
+        halves = begin(len(queries), most)
         for at in range(first // block * block, context, block):
             seen = min(block, context - at)
             page = (np.int64(blocks[at // block]) * num_kv + head) * 2 * half
@@ -249,8 +274,8 @@ def _attention(page_scores, page_values, begin, end):
 
 
 TREE_ATTENTION = {
-    "vec": _attention(_vec_scores, _vec_values, _no_tiles, _no_tiles),
-    "amx": _attention(_amx_scores, _amx_values, begin_tiles, end_tiles),
+    "vec": _attention(matmul_tile.ROWS, _vec_scores, _vec_values, _vec_begin, _vec_end),
+    "amx": _attention(amx_tile.ROWS, _amx_scores, _amx_values, _amx_begin, _amx_end),
 }
 """The kernel for each layout of pages."""
 
