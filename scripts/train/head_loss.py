@@ -21,20 +21,11 @@ class Teacher:
         embeddings: [vocab, hidden].
         lm_head: [draft vocab, hidden], rows of the tokens that may be drafted.
         ids: int64 [draft vocab], their ids.
-        draft_ids: int64 [vocab], their places in ``ids``; -1 where a token is not drafted.
     """
 
     embeddings: Tensor
     lm_head: Tensor
     ids: Tensor
-    draft_ids: Tensor
-
-    @classmethod
-    def of(cls, embeddings: Tensor, lm_head: Tensor, ids: Tensor) -> Teacher:
-        """A teacher whose head drafts the tokens ``ids``."""
-        draft_ids = torch.full((len(embeddings),), -1, device=ids.device)
-        draft_ids[ids] = torch.arange(len(ids), device=ids.device)
-        return cls(embeddings, lm_head[ids].contiguous(), ids, draft_ids)
 
 
 @dataclass(frozen=True)

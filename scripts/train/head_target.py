@@ -48,8 +48,11 @@ def frequent_tokens(samples: Samples, vocabulary: int, size: int) -> Tensor:
 
 def teacher_of(model: Any, ids: Tensor) -> Teacher:
     """The frozen ends of a target, for a head that drafts the tokens ``ids``."""
-    embeddings = model.get_input_embeddings().weight
-    return Teacher.of(embeddings, model.get_output_embeddings().weight, ids.to(embeddings.device))
+    embeddings, lm_head = (
+        layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    ids = ids.to(embeddings.device)
+    return Teacher(embeddings, lm_head[ids].contiguous(), ids)
 
 
 class Features:
@@ -73,8 +76,8 @@ class Features:
     @torch.no_grad()
     def write(self, model: Any, batch_tokens: int = 4096) -> None:
         """Run the target over the texts that have none yet."""
-        samples, done = self.samples, self.written
-        first = int(np.searchsorted(samples.offsets, done))
+        samples = self.samples
+        first = int(np.searchsorted(samples.offsets, self.written, side="right")) - 1
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.truncate(int(samples.offsets[first]) * 2 * self.hidden)
             file.seek(0, 2)
