@@ -33,9 +33,9 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         turns = [{"role": "user", "content": MARK}]
-        first = _rendered(tokenizer, turns, True)
+        first = _rendered(tokenizer, turns)
         answered = [*turns, {"role": "assistant", "content": MARK}]
-        second = _rendered(tokenizer, [*answered, turns[0]], True)
+        second = _rendered(tokenizer, [*answered, turns[0]])
         if first.count(MARK) != 1 or second.count(MARK) != 3:
             raise PairError("--target: its chat template changes the text of a turn")
         before, after = first.split(MARK)
@@ -44,8 +44,8 @@ class Chat:
         self.next = self.encode(second.split(MARK)[2])  # between an answer and the next turn
 
 
-def _rendered(tokenizer: Any, turns: list[dict[str, str]], opened: bool) -> str:
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def write_conversations(

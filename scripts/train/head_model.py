@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pair_model import Mlp, causal_attention, rotate
+from pair_model import Attention, Mlp, causal_attention
 from torch import Tensor, nn
 
 
@@ -84,30 +84,14 @@ class Sampler(nn.Module):
         return x
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Attention):
     """Causal attention; a position may see its last few predecessors as the head predicted them."""
-
-    def __init__(self, shape: HeadShape) -> None:
-        super().__init__()
-        self.head_dim = shape.head_dim
-        query, key = (
-            heads * shape.head_dim
-            for heads in (shape.num_attention_heads, shape.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(shape.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
-        self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], earlier: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """Attend, and append this pass's keys and values to those of the passes before it."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (
-            p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = self.project(x, rope)
         earlier.append((k, v))
         out = causal_attention(q, k, v) if len(earlier) == 1 else _mixed_attention(q, earlier)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -71,14 +71,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
         self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int
-    ) -> Tensor:
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [rows, heads, tokens, head size], turned by their places."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (
             p(x).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None, layer: int
+    ) -> Tensor:
+        q, k, v = self.project(x, rope)
         if cache is None:
             out = causal_attention(q, k, v)
         else:

@@ -12,7 +12,6 @@ Every command resumes from the work directory and may be stopped at any time.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +26,10 @@ from head_target import Features, frequent_tokens, head_shape, load_target, teac
 from pair_data import PairError
 from pair_samples import Samples, batches
 from pair_train import HeadOptimizer, Settings, train
-from rich.console import Console
-from train_pair import MALLOC
+from train_app import console, run
 
 CHAIN = 5  # tokens of the chain that held-out agreement is told for
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
-console = Console(stderr=True)
 
 Target = Annotated[str, typer.Option(help="Folder or hub id of the target.")]
 Work = Annotated[Path, typer.Option(help="Directory for texts, features and checkpoints.")]
@@ -91,15 +88,9 @@ def features(
 ) -> None:
     """Splits the texts and writes the target's features of them."""
     torch.set_num_threads(threads)
-    parts = dict(
-        zip(
-            ("train", "held_out"),
-            head_data.split(work / "conversations.jsonl", max_tokens),
-            strict=True,
-        )
-    )
+    parts = head_data.split(work / "conversations.jsonl", max_tokens)
     model = load_target(target, device)
-    for name, samples in parts.items():
+    for name, samples in zip(("train", "held_out"), parts, strict=True):
         samples.save(work / f"{name}.npz")
         console.print(f"{name}: {len(samples):,} texts, {len(samples.tokens):,} tokens")
         Features(work / f"{name}.features", samples, model.config.hidden_size).write(model)
@@ -142,17 +133,16 @@ def train_(
     size_of_feature = float(of_training.batch(next(order), device).features.float().abs().mean())
 
     def step() -> tuple[torch.Tensor, int]:
-        losses, tokens = [], 0
-        for _ in range(accumulate):
+        tokens = 0
+        for left in reversed(range(accumulate)):
             batch = of_training.batch(next(order), device)
             with torch.autocast(device, torch.bfloat16):
                 loss = head_loss(head, teacher, batch, passes, noise * size_of_feature)
             loss = loss / accumulate
-            if len(losses) + 1 < accumulate:
+            if left:
                 loss.backward()
-            losses.append(loss)
             tokens += int(batch.counts.sum())
-        return losses[-1], tokens
+        return loss, tokens
 
     def validate() -> float:
         return _accepted(head, teacher, of_held_out, batch_tokens, device)[0]
@@ -210,18 +200,5 @@ def _accepted(
     return float(reached[1:].sum() / reached[0]), [round(share, 4) for share in shares]
 
 
-def main() -> None:
-    """Entry point: a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        app()
-    except PairError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    if not MALLOC.keys() <= os.environ.keys():  # read by glibc at process start only
-        import sys
-
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    main()
+    run(app)

@@ -39,15 +39,9 @@ from pair_model import (
 )
 from pair_samples import Samples, encode
 from pair_train import NextStep, Settings, train
-from rich.console import Console
+from train_app import console, run
 
-MALLOC = {  # keeps freed activations in the heap: 1.5 times as many tokens/s with glibc
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TOP_PAD_": str(256 * 2**20),
-}
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
-console = Console(stderr=True)
 
 Work = Annotated[Path, typer.Option(help="Directory for the corpus, checkpoints and results.")]
 Minutes = Annotated[float, typer.Option(min=0.0, help="Time budget of the stage, wall clock.")]
@@ -285,18 +279,5 @@ def _run(work: Path, model: Llama, settings: Settings, steps: NextStep) -> None:
     console.print(record)
 
 
-def main() -> None:
-    """Entry point: a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        app()
-    except PairError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    if not MALLOC.keys() <= os.environ.keys():  # read by glibc at process start only
-        import sys
-
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    main()
+    run(app)
