@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.forward_context import set_forward_context
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import TextFeatures
@@ -60,7 +59,6 @@ class DraftHead(DraftModel):
     Args:
         path: folder of the head.
         vllm_config: configuration of the engine (the target's).
-        state: chains and committed text by slot.
     """
 
     reads_features = True
@@ -86,7 +84,8 @@ class DraftHead(DraftModel):
         self.features = TextFeatures(requests, self.hidden, target.dtype.itemsize)
         self.dtype = target.dtype
         self.state: RequestState | None = None
-        self._predicted = torch.zeros(0)
+        self._predicted = torch.zeros(0)  # by slot and place of the chain, once there are slots
+        self._row_features = self._row_predictions = torch.zeros(0)  # of the forward under way
 
     def use(self, state: RequestState) -> None:
         """Draft for the requests of ``state``."""
@@ -170,10 +169,7 @@ class DraftHead(DraftModel):
         self.features.trim(slot, tokens)
 
     def warm_up(self, num_tokens: int) -> None:
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
-            device = self.target_config.device_config.device
-            self.model(
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-                positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-                hidden_states=torch.zeros(num_tokens, self.hidden, dtype=self.dtype, device=device),
-            )
+        device = self.target_config.device_config.device
+        shape = num_tokens, self.hidden
+        self._row_features = torch.zeros(shape, dtype=self.dtype, device=device)
+        super().warm_up(num_tokens)

@@ -255,7 +255,7 @@ class DraftModel:
         """Compile the model on ``num_tokens`` rows without a KV cache."""
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             device = self.target_config.device_config.device
-            self.model(
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-                positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            self._run_model(
+                torch.zeros(num_tokens, dtype=torch.int32, device=device),
+                torch.zeros(num_tokens, dtype=torch.int64, device=device),
             )

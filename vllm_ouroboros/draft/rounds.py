@@ -122,11 +122,9 @@ class DraftRounds:
                 chosen = self.policy.choose_drafted(
                     slots, expected_accepted, rows_of_round, lags, state.node_limit[slots]
                 )
-                waiting = [
-                    one
-                    for one in self._unread(slots[~chosen], rows[~chosen])
-                    if self.draft.cannot_wait(one.slot)
-                ]
+                urgent = np.array([self.draft.cannot_wait(slot) for slot in slots.tolist()])
+                urgent &= ~chosen
+                waiting = self._unread(slots[urgent], rows[urgent])
                 slots, rows = slots[chosen], rows[chosen]
         late = self._unread(slots, rows)
         self.cache.catch_up(runner, late, token_ids, MAX_CATCH_UP)

@@ -115,7 +115,7 @@ class EagleFSPADLlamaForCausalLM(nn.Module):
         """Load a checkpoint in the layout of FSPAD's authors.
 
         Raises:
-            ValueError: a tensor is missing, unknown or has another shape.
+            ValueError: a tensor is missing or unknown.
         """
         parameters = dict(self.named_parameters())
         wanted = _checkpoint_names(parameters)
