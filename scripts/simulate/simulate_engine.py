@@ -39,7 +39,7 @@ class ReplayedDraft:
     said at that place.
     """
 
-    kv_cache_gid, max_len, reads_features = 0, MAX_LEN, False
+    kv_cache_gid, max_len, reads_features, short_ids = 0, MAX_LEN, False, None
 
     def __init__(self, vocab: int, costs: Costs, watch: Watch) -> None:
         assert costs.draft is not None
@@ -78,8 +78,9 @@ class ReplayedDraft:
     def has_read(self, slot: int, tokens: int) -> None:
         """Nothing waits to be read."""
 
-    def logits(self, hidden: list[tuple[Text, int]], rows) -> torch.Tensor:
+    def logits(self, hidden: list[tuple[Text, int]], rows, *, short: bool = False) -> torch.Tensor:
         """Logits [M, vocab] that give the recorded probabilities."""
+        assert not short
         said = [hidden[row] for row in rows.tolist()]
         first = np.array([text.first[place] for text, place in said])
         odds = np.array([text.odds[place] for text, place in said])

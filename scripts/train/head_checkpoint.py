@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from head_model import Head
-from safetensors.torch import save_file
+from pair_data import PairError
+from safetensors.torch import load_file, save_file
 
 
 def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
@@ -56,3 +57,17 @@ def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_head(head: Head, path: Path) -> None:
+    """Take the weights of a head that `save_head` wrote.
+
+    Raises:
+        PairError: it has another shape.
+    """
+    tensors = load_file(path / "model.safetensors")
+    tensors.pop("d2t", None)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PairError(f"--start: '{path}' is another kind of head: {error}") from None

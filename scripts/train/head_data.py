@@ -69,18 +69,22 @@ def write_conversations(
         minutes: after which no new batch begins.
         batch: conversations at a time.
         answer_tokens: most tokens of an answer.
-        turns: user turns to be answered before any that the target writes.
+        turns: user turns to be answered in turn with those that the target writes; those that the
+            file holds already are left out.
         follow_up: share of conversations that go on.
     """
     chat = Chat(llm.get_tokenizer())
-    given = [] if path.exists() else [*turns]
+    known = {tuple(prompt) for prompt, _ in _texts(path)} if path.exists() else set()
+    given = [[*chat.opening, *chat.encode(text), *chat.reply] for text in dict.fromkeys(turns)]
+    given = [prompt for prompt in given if tuple(prompt) not in known]
     start = time.monotonic()
+    own = False  # whether it is the target's turn to ask
     while time.monotonic() - start < minutes * 60:
-        some, given = given[:batch], given[batch:]
-        if some:
-            asked = [[*chat.opening, *chat.encode(text), *chat.reply] for text in some]
-        else:
+        if own or not given:
             asked = _user_turns(llm, chat, [chat.opening] * batch)
+        else:
+            asked, given = given[:batch], given[batch:]
+        own = not own
         answers = _answers(llm, asked, answer_tokens)
         _append(path, asked, answers)
         longer = [

@@ -106,25 +106,41 @@ def head_loss(
 
 
 @torch.no_grad()
-def chain_agreement(head: Head, teacher: Teacher, batch: Batch, length: int) -> Tensor:
-    """Counts int64 [length + 1] of chains by how many of their tokens the text has.
+def accepted_counts(
+    head: Head, teacher: Teacher, batch: Batch, length: int, widths: tuple[int, ...]
+) -> Tensor:
+    """Counts int64 [widths, length + 1] of trees by how many of their tokens the text has.
 
-    The n-th pass predicts what the n-th token of a chain is, given that those before it were
-    right; a chain begins at every row that counts.
+    A tree begins at every row that counts. It has the paths of tokens whose ranks, from 1 on,
+    multiply to no more than its width: width 1 is the chain, 3 a tree of 35 nodes if ``length`` is
+    5. The n-th pass predicts the n-th token of a path, given that those before it were right.
     """
     embeddings = teacher.embeddings[batch.tokens[:, :-1]]
     true, text = batch.before, batch.next_tokens
     earlier: list[tuple[Tensor, Tensor]] = []
-    inputs, right = true, []
+    inputs, ranks = true, []
     for _ in range(length):
         out = head(embeddings, inputs, earlier)
-        chosen = (out.logit @ teacher.lm_head.T).argmax(-1)
-        right.append(teacher.ids[chosen] == text)
+        ranks.append(_ranks(out.logit @ teacher.lm_head.T, teacher.ids, text))
         inputs = torch.cat((true[:, :1], out.feature[:, :-1]), 1)
     starts = batch.counts[:, : text.shape[1] - length + 1]
-    going = starts.clone()
-    accepted = torch.zeros_like(starts, dtype=torch.long)
-    for n, agrees in enumerate(right):
-        going &= agrees[:, n : n + starts.shape[1]]
-        accepted += going
-    return torch.bincount(accepted[starts], minlength=length + 1)
+    counts = []
+    for width in widths:
+        product = torch.ones_like(starts, dtype=torch.double)
+        accepted = torch.zeros_like(starts, dtype=torch.long)
+        for n, rank in enumerate(ranks):
+            product *= rank[:, n : n + starts.shape[1]]
+            accepted += product <= width
+        counts.append(torch.bincount(accepted[starts], minlength=length + 1))
+    return torch.stack(counts)
+
+
+def _ranks(logits: Tensor, ids: Tensor, text: Tensor) -> Tensor:
+    """Rank float64 [rows, T] of the text's token among logits [rows, T, draft vocab], from 1 on.
+
+    Infinite where the token is none of ``ids`` int64 [draft vocab], which ascend.
+    """
+    at = torch.searchsorted(ids, text).clamp(max=len(ids) - 1)
+    own = logits.gather(-1, at[..., None])
+    rank = 1 + (logits > own).sum(-1).double()
+    return rank.masked_fill(ids[at] != text, torch.inf)

@@ -49,7 +49,7 @@ class Optimizer:
     """Muon for the layers' matrices and AdamW for everything else, with one schedule."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+        matrices = [p for p in self.inner(model).parameters() if p.dim() == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [
@@ -60,6 +60,10 @@ class Optimizer:
         ]
         self._parameters = [*matrices, *rest]
         self._peaks = [settings.rate, settings.rate / 2]
+
+    def inner(self, model: nn.Module) -> nn.Module:
+        """What Muon trains the matrices of."""
+        return model.layers
 
     def clip(self) -> None:
         """Keep the gradients small."""
@@ -73,7 +77,14 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
 
-class HeadOptimizer(Optimizer):
+class MuonOfAll(Optimizer):
+    """Muon for all matrices of a draft head, which has neither embeddings nor an LM head."""
+
+    def inner(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class AdamW(Optimizer):
     """AdamW alone, gradients clipped by value, as draft heads are trained in the papers."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:

@@ -12,6 +12,7 @@ Every command resumes from the work directory and may be stopped at any time.
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,16 +20,27 @@ import head_data
 import numpy as np
 import torch
 import typer
-from head_checkpoint import save_head
-from head_loss import chain_agreement, head_loss
+from head_checkpoint import load_head, save_head
+from head_loss import accepted_counts, head_loss
 from head_model import Arm, Head
 from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
 from pair_data import PairError
 from pair_samples import Samples, batches
-from pair_train import HeadOptimizer, Settings, train
+from pair_train import AdamW, MuonOfAll, Settings, train
 from train_app import console, run
 
-CHAIN = 5  # tokens of the chain that held-out agreement is told for
+DEPTH = 5  # tokens of the chain, or levels of the tree, that held-out agreement is told for
+OPTIMIZERS = {"muon": MuonOfAll, "adamw": AdamW}
+WIDTHS = 1, 3  # of a chain and of a tree of 35 nodes
+
+
+class Optimizers(str, Enum):
+    """How heads are trained; the papers take AdamW."""
+
+    muon = "muon"
+    adamw = "adamw"
+
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
 
 Target = Annotated[str, typer.Option(help="Folder or hub id of the target.")]
@@ -51,7 +63,7 @@ def data(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help='JSON lines with "prompt": user turns that are answered first; without a chat '
+            help='JSON lines with "prompt": user turns to be answered as well; without a chat '
             "template, texts to continue."
         ),
     ] = None,
@@ -109,11 +121,17 @@ def train_(
         int, typer.Option(min=0, help="Tokens that may be drafted, the most frequent; 0 for all.")
     ] = 8192,
     minutes: Annotated[float, typer.Option(min=0.0, help="Time budget, wall clock.")] = 30.0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many.")] = None,
     rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 5e-4,
     batch_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a batch.")] = 4096,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
     noise: Annotated[float, typer.Option(min=0.0, help="Noise on features, of their size.")] = 0.05,
+    optimizer: Annotated[
+        Optimizers, typer.Option(help="muon: for the matrices, with AdamW for the rest.")
+    ] = Optimizers.muon,
+    start: Annotated[
+        Path | None, typer.Option(help="A head that was exported, to go on from.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
     threads: Threads = 2,
     device: Device = "cpu",
@@ -127,6 +145,8 @@ def train_(
     ids = frequent_tokens(samples, model.config.vocab_size, size)
     teacher = teacher_of(model, ids)
     head = Head(head_shape(model.config, arm)).to(device)
+    if start is not None:
+        load_head(head, start)
     of_training = Features(work / "train.features", samples, model.config.hidden_size)
     of_held_out = Features(work / "held_out.features", held_out, model.config.hidden_size)
     order = batches(samples, batch_tokens, seed)
@@ -145,14 +165,15 @@ def train_(
         return loss, tokens
 
     def validate() -> float:
-        return _accepted(head, teacher, of_held_out, batch_tokens, device)[0]
+        return _accepted(head, teacher, of_held_out, batch_tokens, device)[0][0]
 
     detail = f"{arm.value}, {passes} passes, {size} tokens, {len(samples.tokens)} tokens of text"
     settings = Settings(name, minutes, batch_tokens, rate, max_steps, seed, detail)
-    record = train(head, settings, step, validate, work, HeadOptimizer)
+    record = train(head, settings, step, validate, work, OPTIMIZERS[optimizer.value])
     accepted, shares = _accepted(head, teacher, of_held_out, batch_tokens, device)
-    result = {"arm": arm.value, "passes": passes, "seed": seed, "accepted": accepted,
-              "agreement": shares, **vars(record)}  # fmt: skip
+    result = {"arm": arm.value, "passes": passes, "seed": seed, "chain": accepted[0],
+              "tree": accepted[1], "agreement": shares[0], "agreement_tree": shares[1],
+              **vars(record)}  # fmt: skip
     with (work / "heads.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
     np.save(work / f"{name}.ids.npy", ids.numpy())
@@ -185,19 +206,22 @@ def _samples(work: Path, part: str) -> Samples:
 
 def _accepted(
     head: Head, teacher: Any, features: Features, batch_tokens: int, device: str
-) -> tuple[float, list[float]]:
-    """Accepted tokens of a chain on held-out text, and the share of agreement at each place."""
-    counts = torch.zeros(CHAIN + 1, dtype=torch.long)
+) -> tuple[list[float], list[list[float]]]:
+    """On held-out text, for a chain and for a tree: accepted tokens, and the share that a level
+    accepts of what reached it.
+    """
+    counts = torch.zeros(len(WIDTHS), DEPTH + 1, dtype=torch.long)
     indices = np.argsort(features.samples.lengths, kind="stable").tolist()
     most = max(1, batch_tokens // int(features.samples.lengths.max()))
     with torch.autocast(device, torch.bfloat16):
         for first in range(0, len(indices), most):
             batch = features.batch(indices[first : first + most], device)
-            if batch.tokens.shape[1] >= CHAIN + 2:
-                counts += chain_agreement(head, teacher, batch, CHAIN).cpu()
-    reached = counts.flip(0).cumsum(0).flip(0).double()
-    shares = (reached[1:] / reached[:-1].clamp(min=1)).tolist()
-    return float(reached[1:].sum() / reached[0]), [round(share, 4) for share in shares]
+            if batch.tokens.shape[1] >= DEPTH + 2:
+                counts += accepted_counts(head, teacher, batch, DEPTH, WIDTHS).cpu()
+    reached = counts.flip(1).cumsum(1).flip(1).double()
+    shares = (reached[:, 1:] / reached[:, :-1].clamp(min=1)).tolist()
+    accepted = (reached[:, 1:].sum(1) / reached[:, 0]).tolist()
+    return accepted, [[round(share, 4) for share in level] for level in shares]
 
 
 if __name__ == "__main__":

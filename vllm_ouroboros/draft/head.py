@@ -17,6 +17,7 @@ from vllm_ouroboros.draft.model import DraftModel
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
     from vllm_ouroboros.trees.request_state import RequestState
 
 EAGLE = "EagleLlamaForCausalLM"
@@ -83,6 +84,7 @@ class DraftHead(DraftModel):
         requests = vllm_config.scheduler_config.max_num_seqs
         self.features = TextFeatures(requests, self.hidden, target.dtype.itemsize)
         self.dtype = target.dtype
+        self.short: ShortVocabulary | None = None
         self.state: RequestState | None = None
         self._predicted = torch.zeros(0)  # by slot and place of the chain, once there are slots
         self._row_features = self._row_predictions = torch.zeros(0)  # of the forward under way
@@ -102,6 +104,9 @@ class DraftHead(DraftModel):
             self.model.model.embed_tokens = inner.model.embed_tokens
         if not getattr(self.model, "has_own_lm_head", False):
             self.model.lm_head = inner.lm_head
+        self.short = getattr(self.model, "short", None)
+        if self.short is not None:
+            self.short_ids = self.short.ids.numpy(force=True)
 
     def _inputs(
         self, slots: np.ndarray, positions: np.ndarray, starts: np.ndarray, text_alone: bool
@@ -135,9 +140,14 @@ class DraftHead(DraftModel):
     def _keep(
         self, slots: np.ndarray, positions: np.ndarray, starts: np.ndarray, predicted
     ) -> None:
-        """Keep the features that rows from the last committed token on predict."""
+        """Keep the features that rows from the last committed token on predict.
+
+        A slot that comes again has a row of an expansion, which no other row follows.
+        """
         assert self.state is not None
         owner = np.repeat(slots, np.diff(starts))
+        chains = int(starts[len(np.unique(slots))])
+        owner, positions = owner[:chains], positions[:chains]
         place = positions - self.state.committed[owner] + 1
         rows = np.flatnonzero((place >= 0) & (place < self._predicted.shape[1]))
         index, owner, place = (
@@ -161,6 +171,14 @@ class DraftHead(DraftModel):
             input_ids=tokens, positions=positions, hidden_states=self._row_features
         )
         return confidence
+
+    def logits(
+        self, hidden: torch.Tensor, rows: np.ndarray, *, short: bool = False
+    ) -> torch.Tensor:
+        if not short or self.short is None:
+            return super().logits(hidden, rows)
+        wanted = hidden[torch.from_numpy(rows).to(hidden.device)]
+        return self.short.short_logits(self.model.lm_head, wanted)
 
     def cannot_wait(self, slot: int) -> bool:
         return self.features.waiting(slot) > self.features.most // 2

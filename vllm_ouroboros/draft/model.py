@@ -83,6 +83,7 @@ class DraftModel:
         self.layer_names: list[str] = []
         self.kv_cache_gid = -1
         self.graphs: DraftGraphs | None = None  # on CUDA devices, unless eager
+        self.short_ids: np.ndarray | None = None  # int64, all that it may draft, if few
 
     def load(self, target: torch.nn.Module) -> None:
         """Load the weights; the layers register themselves for KV cache.
@@ -240,8 +241,14 @@ class DraftModel:
             metadata.update(dict.fromkeys(names, built))
         return metadata
 
-    def logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """Logits [M, vocab] of the rows int64 [M] of a forward."""
+    def logits(
+        self, hidden: torch.Tensor, rows: np.ndarray, *, short: bool = False
+    ) -> torch.Tensor:
+        """Logits [M, vocab] of the rows int64 [M] of a forward.
+
+        ``short`` asks for those of `short_ids` alone, where there are such.
+        """
+        del short
         return self.model.compute_logits(hidden[torch.from_numpy(rows).to(hidden.device)])
 
     def cannot_wait(self, slot: int) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_ouroboros.draft.alternatives import record_alternatives, top_alternatives
+from vllm_ouroboros.draft.expansion import MAX_EXPANDED, Expansion
 from vllm_ouroboros.draft.kv_cache import CatchUp, DraftCache
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.sampling import DraftSampling
@@ -15,7 +17,6 @@ from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.trees.drafting import Drafting, RoundWidth
-from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 from vllm_ouroboros.trees.round_rows import Round
 from vllm_ouroboros.verify.acceptance import greedy
 from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
@@ -25,17 +26,6 @@ if TYPE_CHECKING:
 
 MAX_CATCH_UP = 16
 """Uncached tokens that a round may carry for a request; more are read ahead of the rounds."""
-
-
-def top_alternatives(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable token of each row of logits [M, vocab], and its top-k alternatives.
-
-    Returns:
-        The tokens int64 [M, NUM_ALTERNATIVES + 1], the most probable first, and their
-        probabilities float32 of the same shape.
-    """
-    probs, tokens = logits.float().softmax(-1).topk(min(NUM_ALTERNATIVES + 1, logits.shape[1]))
-    return tokens.numpy(force=True), probs.numpy(force=True)
 
 
 class DraftRounds:
@@ -73,7 +63,8 @@ class DraftRounds:
         return self._most_rows(RoundWidth.FULL)
 
     def _most_rows(self, width: RoundWidth) -> int:
-        return self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
+        rows = self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
+        return rows + (MAX_EXPANDED if self.draft.reads_features else 0)
 
     def run(
         self,
@@ -171,7 +162,7 @@ class DraftRounds:
         while len(going):
             for first in range(0, len(going), most):
                 part = slice(first, first + most)
-                self._round(runner, going[part], where[part], token_ids, sampling)
+                self._round(runner, going[part], where[part], token_ids, sampling, batch)
             active = ~state.done[going]
             going, where = going[active], where[active]
             if self.policy is not None and len(going):
@@ -204,70 +195,56 @@ class DraftRounds:
         rows: np.ndarray,
         token_ids: np.ndarray,
         sampling: DraftSampling,
+        batch: int,
     ) -> None:
         """One masked draft forward for some requests."""
         begin = self.clock.now()
         with self.clock.phase("plan"):
             out, total, wanted = self.drafting.plan(slots, rows, token_ids, self._width)
+            expansion = self._expansion(slots, batch)
         start = self.clock.now()
-        logits = self._logits(runner, slots, rows, out, total, wanted)
+        ids = None if sampling else self.draft.short_ids
+        logits = self._logits(
+            runner, slots, rows, out, total, wanted, expansion, short=ids is not None
+        )
+        logits, of_expansion = logits[:wanted], logits[wanted:]
         with self.clock.phase("choose"):
             predicted = np.zeros(total, np.int64)
             index = out.logits_rows[:wanted]
-            predicted[index] = greedy(logits)
+            predicted[index] = greedy(logits) if ids is None else ids[greedy(logits)]
             if sampling:
                 sampling.choose(slots, rows, out, logits, predicted)
         forward = self.clock.now() - start
         before = self.drafting.state.chain_len[slots]
         with self.clock.phase("absorb"):
             self.drafting.absorb(slots, out, predicted)
+        if expansion is not None:
+            total += len(expansion.slots)
         self._last_rows = total
         if self.policy is not None:
             with self.clock.phase("alternatives"):
-                self._record_alternatives(slots, before, index, logits, sampling)
+                record_alternatives(
+                    self.drafting.state, slots, before, index, logits, sampling.drafts, ids
+                )
+                if expansion is not None:
+                    tokens, probs = top_alternatives(of_expansion, ids)
+                    expansion.record(self.drafting.state, tokens[:, 0], probs[:, 0])
             gained = self.drafting.state.chain_len[slots] - before
             self.policy.observe_round(float(gained.mean()))
             self.policy.costs.observe_round(total, forward, self.clock.now() - begin)
 
-    def _record_alternatives(
-        self,
-        slots: np.ndarray,
-        before: np.ndarray,
-        rows: np.ndarray,
-        logits: torch.Tensor,
-        sampling: DraftSampling,
-    ) -> None:
-        """Record the draft model's probability of the tokens of a round, and its alternatives.
-
-        Args:
-            slots: int64 [R].
-            before: int32 [R], length of each chain before the round.
-            rows: int64 [M], rows of the round, ascending.
-            logits: [M, vocab] of those rows.
-            sampling: chose the tokens of some requests, which have branches instead.
-        """
-        state = self.drafting.state
-        gained = state.chain_len[slots] - before
-        owner = np.repeat(slots, gained)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(gained) - gained, gained)
-        at = np.repeat(before, gained) + within
-        index = torch.from_numpy(np.searchsorted(rows, state.predicted_row[owner, at]))
-        at_places = logits[index.to(logits.device)]
-        tokens, probs = top_alternatives(at_places)
-        # what is chosen without noise is what stands first
-        state.confidence[owner, at] = probs[:, 0]
-        found = tokens.shape[1] - 1
-        state.alternatives[owner, at, :found] = tokens[:, 1:]
-        state.alternative_probs[owner, at, :found] = probs[:, 1:]
-        if sampling:
-            sampled = np.isin(owner, list(sampling.drafts))
-            owner, at = owner[sampled], at[sampled]
-            at_places = at_places[torch.from_numpy(sampled)]
-            chosen = torch.from_numpy(state.chain[owner, at].astype(np.int64))
-            probs = at_places.float().softmax(-1)
-            chosen_probs = probs.gather(1, chosen.to(probs.device)[:, None])[:, 0]
-            state.confidence[owner, at] = chosen_probs.numpy(force=True)
-            state.alternatives[owner, at] = -1  # they have branches
+    def _expansion(self, slots: np.ndarray, batch: int) -> Expansion | None:
+        """Alternatives that a round of some requests expands, in a batch of so many."""
+        if self.policy is None or not self.draft.reads_features:
+            return None
+        fewest, most = self._expected_rows(len(slots), self._width), MAX_EXPANDED
+        while most and not self.policy.affords_rows(batch, fewest + most * len(slots), fewest):
+            most //= 2
+        threshold = self.policy.acceptance_threshold(batch)
+        expansion = Expansion.choose(
+            self.drafting.state, slots, most, threshold, self.drafting.stops
+        )
+        return expansion if len(expansion.slots) else None
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling
@@ -279,8 +256,29 @@ class DraftRounds:
         with self.clock.phase("choose"):
             sampling.follow(slots, rows, which, logits)
 
-    def _logits(self, runner, slots, rows, out: Round, total: int, wanted: int) -> torch.Tensor:
-        """Logits [M, vocab] of the first ``wanted`` of ``out.logits_rows``."""
+    def _logits(
+        self,
+        runner,
+        slots,
+        rows,
+        out: Round,
+        total: int,
+        wanted: int,
+        expansion: Expansion | None = None,
+        short: bool = False,
+    ) -> torch.Tensor:
+        """Logits [M, vocab] of the first ``wanted`` of ``out.logits_rows``, then of an expansion.
+
+        ``short``: see `DraftModel.logits`.
+        """
+        asked = out.logits_rows[:wanted]
+        if expansion is not None:
+            out = expansion.add_to(out, total, self.drafting.state)
+            more = len(expansion.slots)
+            asked = np.concatenate([asked, np.arange(total, total + more)])
+            slots = np.concatenate([slots, expansion.slots])
+            rows = np.concatenate([rows, rows[expansion.requests]])
+            total += more
         with self.clock.phase("plan"):
             tree = runner.tree_step(
                 np.arange(total),
@@ -295,7 +293,7 @@ class DraftRounds:
             out.query_start_loc, out.context_lens, tree,
         )  # fmt: skip
         with self.clock.model("draft"):
-            return self.draft.logits(hidden, out.logits_rows[:wanted])
+            return self.draft.logits(hidden, asked, short=short)
 
     def _forward(self, *args) -> torch.Tensor:
         self.counters.draft_forwards += 1

@@ -21,17 +21,24 @@ class ShortVocabulary(nn.Module):
         super().__init__()
         self.d2t = nn.Parameter(torch.zeros(size, dtype=torch.long), requires_grad=False)
         self.vocabulary = vocabulary
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rows: torch.Tensor | None = None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Ids int64 [size] of the tokens that may be drafted."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def short_logits(self, lm_head: VocabParallelEmbedding, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [T, size] of the tokens ``ids``."""
+        if self._rows is None:
+            self._rows = _rows_of(lm_head, self.ids)
+        return F.linear(hidden, self._rows)
 
     def logits(self, lm_head: VocabParallelEmbedding, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary]; those of tokens that are never drafted are minus infinity."""
-        if self._rows is None:
-            ids = torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
-            self._rows = ids, _rows_of(lm_head, ids)
-        ids, rows = self._rows
-        found = F.linear(hidden, rows)
+        found = self.short_logits(lm_head, hidden)
         full = found.new_full((len(found), self.vocabulary), -torch.inf)
-        return full.index_copy_(1, ids, found)
+        return full.index_copy_(1, self.ids, found)
 
 
 def _rows_of(lm_head: VocabParallelEmbedding, ids: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ouroboros.integration.runner import TreeRunner
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
+from vllm_ouroboros.verify.cpu.argmax import argmax
 from vllm_ouroboros.verify.cpu.attention_kernel import share_threads
 from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep
 
@@ -58,3 +59,4 @@ class OuroborosCPUWorker(OuroborosWorkerMixin, CPUWorker):
             cpu_worker.CPUModelRunner = original
         if not share_threads(torch.get_num_threads()):
             logger.warning("numba has no OpenMP layer here: tree attention runs on one thread")
+        argmax(torch.zeros(1, 1, dtype=torch.bfloat16))  # compiles it

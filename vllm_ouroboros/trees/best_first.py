@@ -15,10 +15,11 @@ from numba import njit
 
 from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.trees.candidates import (
-    BRANCH_NEXT,
     CHAIN,
     EVIDENCE,
     GRADE,
+    NEXT,
+    NEXT_GRADE,
     NUM_COLUMNS,
     PARENT,
     PHRASE,
@@ -120,7 +121,8 @@ def grow_best(
         committed = req.committed[s]
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
         token = np.int64(token_ids[rows[r], committed - 1])
-        chain_at, branch_next, node, path_probability = -1, -1, ROOT, 1.0
+        chain_at, node, path_probability = -1, ROOT, 1.0
+        next_token, next_grade = np.int32(-1), np.int32(0)
         phrase_at = (-1, 0, 0)
         size, pending = 0, 0
         while size < req.node_limit[s]:
@@ -130,7 +132,9 @@ def grow_best(
             if not ended:
                 on_chain = (node == ROOT or chain_at >= 0) and not without_draft
                 place = chain_at if on_chain else -2
-                count = draft_candidates(req, s, place, branch_next, children, draft_probs)
+                count = draft_candidates(
+                    req, s, place, next_token, next_grade, children, draft_probs
+                )
                 filled = context_of(tokens, parents, node, token_ids[rows[r]], committed, tail)
                 context = tail[tail.shape[0] - filled :]
                 default_grade = BEYOND_CHAIN
@@ -161,7 +165,8 @@ def grow_best(
                 pending = 0
             parent = taken[PARENT]
             token = np.int64(taken[TOKEN])
-            chain_at, branch_next, node = taken[CHAIN], taken[BRANCH_NEXT], size
+            chain_at, node = taken[CHAIN], size
+            next_token, next_grade = taken[NEXT], taken[NEXT_GRADE]
             phrase_at = (taken[SLOT], taken[PHRASE], taken[PLACE])
             tokens[size], parents[size] = taken[TOKEN], parent
             sources[size] = _DRAFT if taken[GRADE] < NOT_IN_TOP_K else _SUFFIX

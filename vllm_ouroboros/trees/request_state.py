@@ -30,6 +30,8 @@ class RequestState(NamedTuple):
     confidence: np.ndarray  # float32 [S, B], the draft model's probability of each chain token
     alternatives: np.ndarray  # int32 [S, B, A], its top-k alternatives at each place, or -1
     alternative_probs: np.ndarray  # float32 [S, B, A], its probabilities of them
+    alternative_next: np.ndarray  # int32 [S, B, A], the token after each of them, or -1
+    alternative_next_probs: np.ndarray  # float32 [S, B, A], its probabilities of those
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
     chain_only: np.ndarray  # bool [S], the tree must be a chain
@@ -59,6 +61,8 @@ class RequestState(NamedTuple):
             confidence=np.zeros((slots, budget), np.float32),
             alternatives=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
             alternative_probs=np.zeros((slots, budget, NUM_ALTERNATIVES), np.float32),
+            alternative_next=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
+            alternative_next_probs=np.zeros((slots, budget, NUM_ALTERNATIVES), np.float32),
             chain_len=np.zeros(slots, np.int32),
             done=np.zeros(slots, np.bool_),
             chain_only=np.zeros(slots, np.bool_),

@@ -18,6 +18,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, child_of, walk
+from vllm_ouroboros.verify.cpu.argmax import argmax as cpu_argmax
 from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 
@@ -33,6 +34,8 @@ class Verified(NamedTuple):
 def greedy(logits: torch.Tensor) -> np.ndarray:
     """Greedy token int64 [T] of logits [T, vocab]; the first of equals, as in vLLM."""
     if logits.is_cpu:  # several times faster than torch's argmax there
+        if logits.dtype == torch.bfloat16:
+            return cpu_argmax(logits)
         return logits.float().numpy().argmax(-1)
     return logits.argmax(-1).numpy(force=True)
 

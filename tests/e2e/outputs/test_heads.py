@@ -62,6 +62,28 @@ def test_chunks_and_cached_prefixes(head, prompts, vanilla, ouroboros, tools) ->
         assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
 
 
+def test_trees_of_the_policy(head, prompts, vanilla, ouroboros, tools) -> None:
+    """It drafts with this head now and then only, to see whether that pays by now."""
+    llm = ouroboros(options={"draft_model": head, "adaptive": True})
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, prompts, GREEDY)
+    assert tools.tokens_of(outputs) == expected
+    assert used["draft_forwards"] > 0
+
+
+def test_preempted_requests(head, prompts, vanilla, ouroboros, tools) -> None:
+    """Features of a request that was pushed aside are gone; its text is read again."""
+    long = [ids for ids in prompts if 100 <= len(ids) <= 200][:12]
+    llm = ouroboros(
+        options={"draft_model": head}, num_gpu_blocks_override=20, max_num_batched_tokens=256
+    )
+    before = tools.metric(llm, "vllm:num_preemptions")
+    expected = tools.tokens_of(vanilla(long, GREEDY))
+    assert tools.tokens_of(tools.generate(llm, long, GREEDY)) == expected
+    assert tools.metric(llm, "vllm:num_preemptions") > before
+
+
 def test_stock_vllm_serves_the_same_head(head, prompts, vanilla, ouroboros, tools) -> None:
     method = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
     llm = ouroboros(speculative_config=method, additional_config={})

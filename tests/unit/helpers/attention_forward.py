@@ -114,17 +114,22 @@ class Forward:
         start_loc = torch.from_numpy(self.starts)
         lengths = np.diff(self.starts)
         seq_lens = torch.tensor(self.contexts, dtype=torch.int32) + torch.from_numpy(lengths)
-        scheduled = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(self.requests), num_heads=self.heads, num_kv_heads=self.kv_heads,
-            head_dim=self.dim, seq_lens=seq_lens, dtype=self.dtype, query_start_loc=start_loc,
-            causal=True, sliding_window_size=impl.sliding_window, isa=self.isa,
-            enable_kv_split=False,
-        )  # fmt: skip
+
+        def schedule(seq_lens, query_start_loc):
+            return ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(seq_lens), num_heads=self.heads, num_kv_heads=self.kv_heads,
+                head_dim=self.dim, seq_lens=seq_lens, dtype=self.dtype,
+                query_start_loc=query_start_loc, causal=True,
+                sliding_window_size=impl.sliding_window, isa=self.isa, enable_kv_split=False,
+            )  # fmt: skip
+
         metadata = CPUAttentionMetadata(
             num_actual_tokens=self.total, max_query_len=int(lengths.max()),
             query_start_loc=start_loc, max_seq_len=int(seq_lens.max()), seq_lens=seq_lens,
-            block_table=self.table, slot_mapping=self.slots(), scheduler_metadata=scheduled,
+            block_table=self.table, slot_mapping=self.slots(),
+            scheduler_metadata=schedule(seq_lens, start_loc),
         )  # fmt: skip
+        metadata.schedule = schedule
         if step is not None:
             attach({"layer": metadata}, step)
         return metadata

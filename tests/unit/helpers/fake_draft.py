@@ -39,6 +39,7 @@ class FakeDraft:
     """A draft model whose KV in a slot is the whole sequence that its row saw."""
 
     reads_features = False
+    short_ids = None
     cannot_wait = staticmethod(lambda slot: False)
     has_read = staticmethod(lambda slot, tokens: None)
 
@@ -101,8 +102,9 @@ class FakeDraft:
             )
         return seen
 
-    def logits(self, hidden, rows):
+    def logits(self, hidden, rows, *, short):
         """Logits, and in a last column the place of their row's sequence in ``asked``."""
+        assert not short
         self.asked = [hidden[row] for row in rows.tolist()]
         whole = [[*self.model.logits(seen), -1000 - i] for i, seen in enumerate(self.asked)]
         return torch.tensor(whole).reshape(len(self.asked), self.model.vocab + 1)

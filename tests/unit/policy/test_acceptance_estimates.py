@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.draft.rounds import top_alternatives
+from vllm_ouroboros.draft.alternatives import top_alternatives
 from vllm_ouroboros.policy.acceptance_estimates import (
     MAX_RATE,
     PRIOR,

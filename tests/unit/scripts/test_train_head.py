@@ -19,6 +19,7 @@ sys.path.insert(0, str(SCRIPTS))
 import head_data  # noqa: E402
 import head_loss  # noqa: E402
 import head_model  # noqa: E402
+import head_prompts  # noqa: E402
 import head_target  # noqa: E402
 import pair_samples  # noqa: E402
 import train_head  # noqa: E402
@@ -114,24 +115,27 @@ def test_later_passes_read_what_the_head_predicted() -> None:
             features = torch.cat((features, out.feature[:, -1:]), 1)
 
 
-def test_chains_end_at_the_first_token_that_the_text_does_not_have(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("drafted", [40, 64])
+def test_trees_end_at_the_first_token_that_they_do_not_have(drafted: int) -> None:
     head, given = head_model.Head(SHAPE), batch_of(1, 10)
-    ends = teacher(drafted=64)
-    expected = torch.zeros(4, dtype=torch.long)
+    ends = teacher(drafted=drafted)
+    widths = 1, 8, 300
+    expected = torch.zeros(3, 4, dtype=torch.long)
     for start in range(3, 7):
-        features, accepted = given.before[:, : start + 1], 0
+        features, product, accepted = given.before[:, : start + 1], 1.0, [0, 0, 0]
         for n in range(3):
             embeddings = ends.embeddings[given.tokens[:, : start + 1 + n]]
             out = head(embeddings, features)
-            if int((out.logit[0, -1] @ ends.lm_head.T).argmax()) != given.tokens[0, start + 1 + n]:
-                break
-            accepted += 1
+            order = ends.ids[(out.logit[0, -1] @ ends.lm_head.T).argsort(descending=True)].tolist()
+            token = int(given.tokens[0, start + 1 + n])
+            product *= 1 + order.index(token) if token in order else float("inf")
+            accepted = [n + (product <= w) for n, w in zip(accepted, widths, strict=True)]
             features = torch.cat((features, out.feature[:, -1:]), 1)
-        expected[accepted] += 1
-    found = head_loss.chain_agreement(head, ends, given, 3)
+        for counts, n in zip(expected, accepted, strict=True):
+            counts[n] += 1
+    found = head_loss.accepted_counts(head, ends, given, 3, widths)
     assert found.tolist() == expected.tolist()
+    assert expected[2, 1:].sum() > 0
 
 
 def test_training_text_has_no_repeats_and_whole_conversations_are_held_out(tmp_path: Path) -> None:
@@ -148,6 +152,21 @@ def test_training_text_has_no_repeats_and_whole_conversations_are_held_out(tmp_p
     assert max(training.lengths) == 82
     first = {int(one[30]) for one in (training[i] for i in range(len(training)))}
     assert first.isdisjoint({int(held_out[i][30]) for i in range(len(held_out))})
+
+
+def test_user_turns_are_the_same_each_time_and_of_all_kinds(tmp_path: Path) -> None:
+    written = []
+    for name in "ab":
+        head_prompts.main(tmp_path / name, count=80, seed=3)
+        written.append((tmp_path / name).read_text())
+    assert written[0] == written[1]
+    turns = [json.loads(line)["prompt"] for line in written[0].splitlines()]
+    assert 70 < len(set(turns)) <= 80
+    assert 10 < sum("```python" in turn for turn in turns) < 40
+    assert any("Write a Python function" in turn for turn in turns)
+    head_prompts.main(tmp_path / "code", count=30, code=True)
+    texts = [json.loads(line)["prompt"] for line in (tmp_path / "code").read_text().splitlines()]
+    assert len(texts) == 30 and sum("def " in text for text in texts) > 20
 
 
 def test_the_tokens_that_may_be_drafted_are_the_most_frequent_in_answers() -> None:
@@ -194,6 +213,7 @@ def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
     run("train", "--accumulate", "2", "--passes", "2", *options)
     record = json.loads((work / "heads.jsonl").read_text())
     assert record["steps"] == 2 and len(record["agreement"]) == 5
+    assert record["chain"] <= record["tree"]
     run("export", "--out", str(tmp_path / "head"))
     config = json.loads((tmp_path / "head/config.json").read_text())
     assert config["architectures"] == ["EagleFSPADLlamaForCausalLM"]
@@ -201,3 +221,7 @@ def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
     ids = tensors["d2t"] + torch.arange(64)
     assert (ids.diff() > 0).all() and ids.max() < 4096
     assert tensors["layers.0.mlp.down_proj.weight"].shape == (512, 704)
+    run("train", "--name", "more", "--start", str(tmp_path / "head"), "--optimizer", "adamw",
+        "--max-steps", "0", "--vocabulary", "64", "--threads", "1")  # fmt: skip
+    kept = torch.load(work / "more.pt")
+    assert all(torch.equal(kept[name], tensors[name].float()) for name in kept)

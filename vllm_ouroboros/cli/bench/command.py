@@ -22,6 +22,10 @@ from vllm_ouroboros.cli.shared import (
 def bench(
     model: TargetOption = None,
     draft_model: DraftOption = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Draft head (FSPAD, EAGLE) of eagle and ouroboros-head-*: a folder."),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSON lines {"prompt": "text"}, or one prompt a line. Default: shipped.'),
@@ -46,11 +50,12 @@ def bench(
         str | None,
         typer.Option(
             help="Some of vanilla, draft_model, ngram, suffix, lookahead, ouroboros-cold, "
-            "ouroboros-warm (these by default), ouroboros-seen (a ceiling); vanilla always runs."
+            "ouroboros-warm (these by default), eagle, ouroboros-head-cold, ouroboros-head-warm, "
+            "ouroboros-seen (a ceiling); vanilla always runs."
         ),
     ] = None,
     draft_tokens: Annotated[
-        str | None, typer.Option(help="K of vLLM's draft_model, a list. Default: 3,5,8.")
+        str | None, typer.Option(help="K of vLLM's draft_model and eagle, a list. Default: 3,5,8.")
     ] = None,
     ngram: Annotated[
         str | None, typer.Option(help="MIN-MAX-K of vLLM's ngram, a list. Default: 2-4-3,2-4-8.")
@@ -137,7 +142,7 @@ def bench(
 
     try:
         plan = checked_plan(
-            model=model, draft_model=draft_model, prompts=prompts, limit=limit,
+            model=model, draft_model=draft_model, head=head, prompts=prompts, limit=limit,
             warm_prompts=warm_prompts, warm_limit=warm_limit, methods=methods,
             draft_tokens=draft_tokens, ngram=ngram, suffix=suffix,
             configs=ouroboros_config or ["{}"], nodes=nodes, batch=batch, rates=rates,

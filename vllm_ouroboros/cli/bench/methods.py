@@ -11,10 +11,11 @@ from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig
 
 VANILLA = "vanilla"
 SEEN = "ouroboros-seen"
+HEAD = "ouroboros-head-"
 COMPARED = (
     VANILLA, "draft_model", "ngram", "suffix", "lookahead", "ouroboros-cold", "ouroboros-warm",
 )  # fmt: skip
-METHODS = (*COMPARED, SEEN)
+METHODS = (*COMPARED, "eagle", HEAD + "cold", HEAD + "warm", SEEN)
 TITLES = {
     VANILLA: "vanilla vLLM",
     "draft_model": "vLLM draft_model",
@@ -23,6 +24,9 @@ TITLES = {
     "lookahead": "lookahead (phrase pool only)",
     "ouroboros-cold": "Ouroboros, cold pool",
     "ouroboros-warm": "Ouroboros, warm pool",
+    "eagle": "vLLM eagle",
+    HEAD + "cold": "Ouroboros with a head, cold pool",
+    HEAD + "warm": "Ouroboros with a head, warm pool",
     SEEN: "Ouroboros, pool that has seen the answers: a ceiling",
 }
 COLD = "phrase pool emptied before each run"
@@ -35,6 +39,7 @@ KNOWN = (
     "untimed: how fast drafts would be that are hardly ever wrong, not what anybody gets"
 )
 ONE_ENGINE = "no state beyond a request"
+NO_HEAD = "no draft head: give --head"
 NEW_ENGINE = "a new engine for each run: its cache holds no answer of an earlier run"
 
 
@@ -75,7 +80,7 @@ class Method:
     @property
     def draft_tokens(self) -> int | None:
         """Forwards of the draft model for each step, where vLLM's own method has one."""
-        if self.name != "draft_model" or self.speculative is None:
+        if self.name not in ("draft_model", "eagle") or self.speculative is None:
             return None
         return int(self.speculative["num_speculative_tokens"])
 
@@ -95,8 +100,11 @@ def build(
     configs: Sequence[dict[str, Any]],
     nodes: int | None,
     others: int,
+    head: str | None = None,
 ) -> list[Method]:
     """All methods of those names, each setting one; ``others`` is the number of warm-up prompts.
+
+    ``head`` is a draft head for vLLM's eagle and ours of that name.
 
     Without a draft model all of ours draw on the phrase pool alone: "lookahead" is then the same as
     "ouroboros-cold", and left out where that is there.
@@ -110,30 +118,33 @@ def build(
     for name in dict.fromkeys(names):
         if name == VANILLA:
             found.append(Method(VANILLA))
-        elif name == "draft_model":
-            found += _draft_models(draft_model, draft_tokens)
+        elif name in ("draft_model", "eagle"):
+            found += _draft_models(name, head if name == "eagle" else draft_model, draft_tokens)
         elif name == "ngram":
             found += [_ngram(*setting) for setting in ngrams]
         elif name == "suffix":
             found += [_suffix(*setting) for setting in suffixes]
+        elif name.startswith(HEAD) and head is None:
+            found.append(Method(name, missing=NO_HEAD))
         else:
-            found += [_ours(name, options, draft_model, nodes, others) for options in configs]
+            draft = head if name.startswith(HEAD) else draft_model
+            found += [_ours(name, options, draft, nodes, others) for options in configs]
     return found
 
 
-def _draft_models(draft_model: str | None, draft_tokens: Sequence[int]) -> list[Method]:
-    if draft_model is None:
-        return [Method("draft_model", missing="no draft model: give --draft-model")]
+def _draft_models(name: str, draft: str | None, draft_tokens: Sequence[int]) -> list[Method]:
+    """vLLM's own methods with a draft model or a head."""
+    if draft is None:
+        missing = NO_HEAD if name == "eagle" else "no draft model: give --draft-model"
+        return [Method(name, missing=missing)]
     return [
         Method(
-            "draft_model",
+            name,
             f"K={k}",
-            speculative={
-                "method": "draft_model", "model": draft_model, "num_speculative_tokens": k,
-            },
+            speculative={"method": name, "model": draft, "num_speculative_tokens": k},
         )
         for k in draft_tokens
-    ]  # fmt: skip
+    ]
 
 
 def _ngram(shortest: int, longest: int, k: int) -> Method:
@@ -183,7 +194,7 @@ def _ours(
     config = OuroborosConfig.parse(options)
     budget = nodes or config.draft_tokens + config.num_suffixes * config.phrase_len
     config.check_budget(budget)
-    pool = "cold" if name == "lookahead" else name.removeprefix("ouroboros-")
+    pool = "cold" if name == "lookahead" else name.rpartition("-")[2]
     if pool == "warm" and not missing and not others:
         missing = (
             "no other prompts to fill the pool: give --warm-prompts, or a --limit below the "

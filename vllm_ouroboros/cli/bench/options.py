@@ -47,6 +47,7 @@ def checked_plan(
     *,
     model: str | None,
     draft_model: str | None,
+    head: str | None,
     prompts: Path | None,
     warm_prompts: Path | None,
     warm_limit: int,
@@ -81,6 +82,8 @@ def checked_plan(
         draft = None
         if draft_model != "none":
             draft = model_reference(draft_model, "--draft-model")
+        if head is not None:
+            head = model_reference(head, "--head")
         kinds: tuple[str, ...] = ()
         later: tuple[tuple[str, ...], ...] = ()
         texts: tuple[Prompt, ...]
@@ -103,6 +106,7 @@ def checked_plan(
         found = build(
             _methods(methods),
             draft_model=draft,
+            head=head,
             draft_tokens=_list(chosen["draft_tokens"], "--draft-tokens", _count, "3,5,8"),
             ngrams=_list(chosen["ngram"], "--ngram", _ngram, "2-4-5"),
             suffixes=_list(chosen["suffix"], "--suffix", _suffix, "1-0.1,2-0.2"),
@@ -115,6 +119,7 @@ def checked_plan(
     return Plan(
         model=target,
         draft_model=draft,
+        head=head,
         methods=tuple(found),
         prompts=measured,
         others=others,

@@ -43,6 +43,7 @@ class Plan:
     prefix_caching: bool = False
     tasks: tuple[str, ...] = ()
     later: tuple[tuple[str, ...], ...] = ()
+    head: str | None = None
 
     def engine(self, method: Method, *, server: bool = False) -> EngineSpec:
         """What a method's engine is started with: the same for all but the method itself."""

@@ -176,6 +176,7 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
         KeyboardInterrupt: after the rows so far have been written and shown.
     """
     about = facts(plan.model, plan.draft_model) | {
+        "head": plan.head,
         "prompts_others": len(plan.others),
         "max_tokens": plan.max_tokens,
         "ignore_eos": plan.ignore_eos,

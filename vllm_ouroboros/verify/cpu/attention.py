@@ -7,9 +7,12 @@ vLLM's own C++ kernel. A forward's tree travels as `CPUTreeStep` on the attentio
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -32,6 +35,23 @@ class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        """See `CPUAttentionMetadataBuilder.build`; the part of it that trees leave to vLLM's
+        kernel can be scheduled later (`LinearRows`).
+        """
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.schedule = partial(self._schedule, causal=metadata.causal)
+        return metadata
+
+    def _schedule(self, seq_lens, query_start_loc, *, causal: bool) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens), num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim, seq_lens=seq_lens, dtype=self.dtype,
+            query_start_loc=query_start_loc, causal=causal, sliding_window_size=self.window_size,
+            isa=self.isa, enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )  # fmt: skip
 
 
 class TreeAttentionImpl(CPUAttentionBackendImpl):
@@ -57,18 +77,22 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
     ):
         """See `CPUAttentionBackendImpl.forward`; shapes as there."""
         tree = None if attn_metadata is None else getattr(attn_metadata, "tree", None)
-        if tree is None or not tree.covers_all:
-            super().forward(
+        if tree is None:
+            return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
-        if tree is None:
-            return output
         if tree.covers_all:
             queries, keys, values = (t[: tree.num_rows] for t in (query, key, value))
             if tree.save_kv:  # copies: the compiled graph around us may reuse its tensors' memory
                 keys, values = keys.clone(), values.clone()
         else:
+            linear = tree.linear_rows(attn_metadata)
+            part = query.index_select(0, linear.rows)
+            output[linear.rows] = super().forward(
+                layer, part, key, value, kv_cache, linear.metadata, torch.empty_like(part),
+                output_scale, output_block_scale,
+            )  # fmt: skip
             queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
         if tree.save_kv:
             tree.saved_kv[layer.layer_name] = TreeRowKV(self, layer, kv_cache, keys, values)

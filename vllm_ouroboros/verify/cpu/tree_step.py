@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,10 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+
+Schedule = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""vLLM's scheduler metadata of its CPU kernel, from sequence lengths and query starts."""
 
 
 @dataclass
@@ -27,6 +31,48 @@ class TreeRowKV:
         """Write tree rows int64 [M] to KV slots int64 [M]."""
         keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.impl.do_kv_cache_update(self.layer, keys, values, self.kv_cache, slots)
+
+
+@dataclass
+class LinearRows:
+    """The rows of a forward that belong to no tree, as vLLM's kernel takes them.
+
+    Attributes:
+        rows: int64 [L], in the forward.
+        metadata: of these rows alone.
+    """
+
+    rows: torch.Tensor
+    metadata: CPUAttentionMetadata
+
+    @classmethod
+    def of(cls, metadata: CPUAttentionMetadata, tree_rows: np.ndarray) -> LinearRows:
+        """Leave the rows of trees int64 [T] out of a forward.
+
+        Args:
+            metadata: of the whole forward, with its `Schedule` as the attribute ``schedule``.
+            tree_rows: the last rows of their requests.
+        """
+        starts = metadata.query_start_loc.numpy()
+        linear = np.ones(metadata.num_actual_tokens, bool)
+        linear[tree_rows] = False
+        before = np.concatenate([[0], np.cumsum(linear)])[starts]
+        lengths = np.diff(before)
+        kept = torch.from_numpy(np.flatnonzero(lengths))
+        left_out = torch.from_numpy((np.diff(starts) - lengths).astype(np.int32))
+        query_start_loc = torch.from_numpy(np.unique(before).astype(np.int32))
+        seq_lens = (metadata.seq_lens - left_out)[kept]
+        part = replace(
+            metadata,
+            num_actual_tokens=int(before[-1]),
+            max_query_len=int(lengths.max()),
+            query_start_loc=query_start_loc,
+            max_seq_len=int(seq_lens.max()),
+            seq_lens=seq_lens,
+            block_table=metadata.block_table[kept],
+            scheduler_metadata=metadata.schedule(seq_lens, query_start_loc),
+        )
+        return cls(torch.from_numpy(np.flatnonzero(linear)), part)
 
 
 @dataclass
@@ -52,6 +98,7 @@ class CPUTreeStep:
     num_rows: int
     save_kv: bool = True
     saved_kv: dict[str, TreeRowKV] = field(default_factory=dict)
+    linear: LinearRows | None = None  # the other rows, once a layer has asked for them
 
     @property
     def covers_all(self) -> bool:
@@ -62,6 +109,12 @@ class CPUTreeStep:
     def table(self) -> np.ndarray:
         """The block table int32, contiguous, as every layer's kernel reads it."""
         return self.block_table.to(torch.int32).contiguous().numpy()
+
+    def linear_rows(self, metadata: CPUAttentionMetadata) -> LinearRows:
+        """The rows of the forward that belong to none of these trees; made once."""
+        if self.linear is None:
+            self.linear = LinearRows.of(metadata, self.rows.numpy())
+        return self.linear
 
     def write(self, moves: torch.Tensor) -> None:
         """Copy accepted rows to their canonical KV slots, in every layer that was run.

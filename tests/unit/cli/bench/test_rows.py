@@ -55,6 +55,18 @@ def test_without_a_draft_model_ours_are_the_pool_alone_and_lookahead_is_one_of_t
     assert [one.name for one in build(["lookahead"], **options)] == ["lookahead"]
 
 
+def test_a_head_is_served_by_vllm_and_by_ours() -> None:
+    names = ["eagle", "ouroboros-head-cold", "ouroboros-head-warm"]
+    eagle, cold, warm = build(names, draft_model="draft", head="head", others=2, **OPTIONS)
+    assert eagle.speculative == {"method": "eagle", "model": "head", "num_speculative_tokens": 3}
+    assert eagle.draft_tokens == 3 and eagle.setting == "K=3"
+    assert [one.pool for one in (cold, warm)] == ["cold", "warm"]
+    assert cold.ouroboros == warm.ouroboros == {"draft_model": "head"}
+    assert [one.missing for one in (eagle, cold, warm)] == [None] * 3
+    for one in build(names, draft_model="draft", others=2, **OPTIONS):
+        assert one.missing == "no draft head: give --head"
+
+
 def test_each_config_is_a_setting() -> None:
     configs = [{}, {"draft_tokens": 4, "num_suffixes": 0, "pool_capacity": 128}]
     configs += [{"draft_model": None, "adaptive": False}, {"draft_model": "other"}]
