@@ -42,6 +42,7 @@ from typing import Annotated
 import torch
 import typer
 from inflate_dims import PRESETS, Dims, InflateError, inflated_dims
+from inflate_head import inflate_head
 from inflate_weights import Inflation, Source
 from rich.console import Console
 from safetensors.torch import save_file
@@ -100,6 +101,10 @@ def inflate(
     preset: Annotated[Preset, typer.Option(help="Sizes, see above.")] = Preset.cpu,
     role: Annotated[Role, typer.Option(help="Which model of the pair.")] = Role.both,
     source: Annotated[Path, typer.Option(help="Directory with target/ and draft/.")] = PAIR,
+    head: Annotated[
+        Path | None,
+        typer.Option(help="Draft head of the source's target, which gets head/ beside the target."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights.")] = Dtype.bfloat16,
     vocab: Annotated[
         int | None, typer.Option(min=1, help="Tokens, for both models; default: the preset's.")
@@ -128,6 +133,8 @@ def inflate(
         raise InflateError(
             f"{', '.join(given)}: given for both models; say which with --role target or draft"
         )
+    if head is not None and "target" not in roles:
+        raise InflateError(f"--head: '{head}' goes with a target; leave out --role draft")
     jobs: list[tuple[Path, Inflation]] = []
     for name in roles:
         model = Source(source / name)
@@ -151,6 +158,9 @@ def inflate(
             f"--out: '{out}' has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
             "name a directory on another disk"
         )
+    if head is not None:
+        target = jobs[0][1]
+        inflate_head(head, target.source.dims, target.dims, target.dtype, out / "head")
     for directory, inflation in jobs:
         write(directory, inflation, int(shard_gb * 1e9))
     console.print(f"wrote {out}")

@@ -59,14 +59,14 @@ class Inflation:
         self.source, self.dims, self.dtype, self.seed = source, dims, dtype, seed
         old = source.dims
         self.widening = Widening.of(old.hidden_size, dims.hidden_size)
-        queries, values = _heads(old, dims)
-        hidden = _first(old.hidden_size)
+        queries, values = head_rows(old, dims)
+        hidden = first(old.hidden_size)
         places = torch.arange(old.hidden_size * self.widening.copies)
         copies = (places, places % old.hidden_size)
-        ffn = _first(old.intermediate_size)
+        ffn = first(old.intermediate_size)
         self._places: dict[str, tuple[Index, Index]] = {  # rows, columns
-            "embed_tokens": (_first(old.vocab_size), copies),
-            "lm_head": (_first(old.vocab_size), copies),
+            "embed_tokens": (first(old.vocab_size), copies),
+            "lm_head": (first(old.vocab_size), copies),
             "q_proj": (queries, hidden),
             "k_proj": (values, hidden),
             "v_proj": (values, hidden),
@@ -131,11 +131,12 @@ class Inflation:
         return torch.empty(shape, dtype=self.dtype).normal_(0.0, SPREAD, generator=generator)
 
 
-def _first(count: int) -> Index:
+def first(count: int) -> Index:
+    """The first places, in order."""
     return torch.arange(count), torch.arange(count)
 
 
-def _heads(old: Dims, new: Dims) -> tuple[Index, Index]:
+def head_rows(old: Dims, new: Dims) -> tuple[Index, Index]:
     """Rows of query heads and of KV heads.
 
     Query head h reads KV head h // group, in the source as in the new model, so heads that shared

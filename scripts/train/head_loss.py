@@ -140,7 +140,7 @@ def _ranks(logits: Tensor, ids: Tensor, text: Tensor) -> Tensor:
 
     Infinite where the token is none of ``ids`` int64 [draft vocab], which ascend.
     """
-    at = torch.searchsorted(ids, text).clamp(max=len(ids) - 1)
+    at = torch.searchsorted(ids, text.contiguous()).clamp(max=len(ids) - 1)
     own = logits.gather(-1, at[..., None])
     rank = 1 + (logits > own).sum(-1).double()
     return rank.masked_fill(ids[at] != text, torch.inf)

@@ -55,14 +55,18 @@ def head_config(weights: dict[str, torch.Tensor], head_dim: int = 8, **more: Any
 
 
 def reference(
-    weights: dict[str, torch.Tensor], e: torch.Tensor, f: torch.Tensor, head_dim: int = 8
+    weights: dict[str, torch.Tensor],
+    e: torch.Tensor,
+    f: torch.Tensor,
+    head_dim: int = 8,
+    eps: float = EPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(h_logit, h_reg), float64 [T, hidden] each, for embeddings and features [T, hidden]."""
     w = {name: value.double() for name, value in weights.items()}
     e, f, tokens = e.double(), f.double(), len(e)
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
     x = torch.cat((e, f), -1) @ w["fc.fc.weight"].T + w["fc.fc.bias"]
     if "fc.mlp.gate_proj.weight" in w:

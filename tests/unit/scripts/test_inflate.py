@@ -318,7 +318,7 @@ def test_heads_keep_their_kv_head(kv: int, group: int, new_kv: int, new_group: i
     except InflateError as error:
         assert "num_" in str(error)
         return
-    (places, heads), (kv_places, kv_heads) = inflate_weights._heads(old, new)
+    (places, heads), (kv_places, kv_heads) = inflate_weights.head_rows(old, new)
     assert heads.tolist() == list(range(kv * group * 2))
     assert len(set(places.tolist())) == len(places)
     assert len(set(kv_places.tolist())) == len(kv_places)
