@@ -1,7 +1,7 @@
 """A draft head changes the speed and nothing else: under stock vLLM and under Ouroboros.
 
-The head is one of random weights, of which hardly any token is accepted: what is tested here is
-what must not depend on them.
+Most of it is tested with a head of random weights, of which hardly any token is accepted, and the
+rest with the shipped one, of which many are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from vllm import SamplingParams
 
+from vllm_ouroboros.cli.inputs import PAIR
+
 from ...unit.helpers.head_reference import head_config, random_head
 
+TRAINED = str(PAIR / "head")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 
 
@@ -90,3 +93,51 @@ def test_stock_vllm_serves_the_same_head(head, prompts, vanilla, ouroboros, tool
     expected = tools.tokens_of(vanilla(prompts, GREEDY))
     assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
     assert tools.metric(llm, "vllm:spec_decode_num_drafts") > 0
+
+
+# -- the shipped head --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["fixed trees", "trees of the policy"])
+def test_the_shipped_head_is_worth_its_forwards(
+    adaptive, prompts, vanilla, ouroboros, tools
+) -> None:
+    """Of its chains of three tokens one is accepted on average, at least."""
+    llm = ouroboros(options={"draft_model": TRAINED, "draft_tokens": 3, "adaptive": adaptive})
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, prompts, GREEDY, one_by_one=True)
+    assert tools.tokens_of(outputs) == expected
+    if not adaptive:  # else it depends on what forwards cost here
+        assert used["accepted_from_draft"] > used["steps"] * 0.8
+
+
+def test_a_cached_prefix_costs_hardly_any_acceptance(prompts, vanilla, ouroboros, tools) -> None:
+    """The head's own KV comes with the blocks that are hit."""
+    llm = ouroboros(
+        options={"draft_model": TRAINED, "pool_scope": "request"}, enable_prefix_caching=True
+    )
+    llm.reset_prefix_cache()
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    accepted = []
+    for _ in range(2):
+        with tools.Used(llm) as used:
+            outputs = tools.generate(llm, prompts, GREEDY, one_by_one=True)
+        assert tools.tokens_of(outputs) == expected
+        accepted.append(used["accepted_from_draft"])
+    assert accepted[1] > 0.9 * accepted[0] > 0
+
+
+def test_stock_vllm_accepts_what_the_shipped_head_drafts(
+    prompts, vanilla, ouroboros, tools
+) -> None:
+    method = {"method": "eagle", "model": TRAINED, "num_speculative_tokens": 3}
+    llm = ouroboros(speculative_config=method, additional_config={})
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    names = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
+    before = [tools.metric(llm, name) for name in names]
+    assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
+    drafts, accepted = (
+        tools.metric(llm, name) - was for name, was in zip(names, before, strict=True)
+    )
+    assert accepted > 0.5 * drafts > 0
