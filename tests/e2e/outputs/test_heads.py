@@ -65,16 +65,6 @@ def test_chunks_and_cached_prefixes(head, prompts, vanilla, ouroboros, tools) ->
         assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
 
 
-def test_trees_of_the_policy(head, prompts, vanilla, ouroboros, tools) -> None:
-    """It drafts with this head now and then only, to see whether that pays by now."""
-    llm = ouroboros(options={"draft_model": head, "adaptive": True})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
-    with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY)
-    assert tools.tokens_of(outputs) == expected
-    assert used["draft_forwards"] > 0
-
-
 def test_preempted_requests(head, prompts, vanilla, ouroboros, tools) -> None:
     """Features of a request that was pushed aside are gone; its text is read again."""
     long = [ids for ids in prompts if 100 <= len(ids) <= 200][:12]
@@ -87,35 +77,17 @@ def test_preempted_requests(head, prompts, vanilla, ouroboros, tools) -> None:
     assert tools.metric(llm, "vllm:num_preemptions") > before
 
 
-def test_stock_vllm_serves_the_same_head(head, prompts, vanilla, ouroboros, tools) -> None:
-    method = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
-    llm = ouroboros(speculative_config=method, additional_config={})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
-    assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
-    assert tools.metric(llm, "vllm:spec_decode_num_drafts") > 0
-
-
 # -- the shipped head --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["fixed trees", "trees of the policy"])
-def test_the_shipped_head_is_worth_its_forwards(
-    adaptive, prompts, vanilla, ouroboros, tools
-) -> None:
-    """Of its chains of three tokens one is accepted on average, at least."""
-    llm = ouroboros(options={"draft_model": TRAINED, "draft_tokens": 3, "adaptive": adaptive})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
-    with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY, one_by_one=True)
-    assert tools.tokens_of(outputs) == expected
-    if not adaptive:  # else it depends on what forwards cost here
-        assert used["accepted_from_draft"] > used["steps"] * 0.8
+def test_the_shipped_head_is_worth_its_forwards(prompts, vanilla, ouroboros, tools) -> None:
+    """Of its chains of three tokens nearly one is accepted on average, at least.
 
-
-def test_a_cached_prefix_costs_hardly_any_acceptance(prompts, vanilla, ouroboros, tools) -> None:
-    """The head's own KV comes with the blocks that are hit."""
+    A cached prefix costs hardly any of that: the head's own KV comes with the blocks.
+    """
     llm = ouroboros(
-        options={"draft_model": TRAINED, "pool_scope": "request"}, enable_prefix_caching=True
+        options={"draft_model": TRAINED, "draft_tokens": 3, "pool_scope": "request"},
+        enable_prefix_caching=True,
     )
     llm.reset_prefix_cache()
     expected = tools.tokens_of(vanilla(prompts, GREEDY))
@@ -124,8 +96,19 @@ def test_a_cached_prefix_costs_hardly_any_acceptance(prompts, vanilla, ouroboros
         with tools.Used(llm) as used:
             outputs = tools.generate(llm, prompts, GREEDY, one_by_one=True)
         assert tools.tokens_of(outputs) == expected
+        assert used["accepted_from_draft"] > used["steps"] * 0.8
         accepted.append(used["accepted_from_draft"])
-    assert accepted[1] > 0.9 * accepted[0] > 0
+    assert accepted[1] > 0.9 * accepted[0]
+
+
+def test_trees_of_the_policy(prompts, vanilla, ouroboros, tools) -> None:
+    """Whatever it makes of the head: how much that drafts depends on what forwards cost here."""
+    llm = ouroboros(options={"draft_model": TRAINED, "adaptive": True})
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, prompts, GREEDY)
+    assert tools.tokens_of(outputs) == expected
+    assert used["draft_forwards"] > 0
 
 
 def test_stock_vllm_accepts_what_the_shipped_head_drafts(
