@@ -26,11 +26,10 @@ from head_model import Arm, Head
 from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
 from pair_data import PairError
 from pair_samples import Samples, batches
-from pair_train import AdamW, MuonOfAll, Settings, train
+from pair_train import AdamW, MuonOfAll, Optimizer, Settings, train
 from train_app import console, run
 
 DEPTH = 5  # tokens of the chain, or levels of the tree, that held-out agreement is told for
-OPTIMIZERS = {"muon": MuonOfAll, "adamw": AdamW}
 WIDTHS = 1, 3  # of a chain and of a tree of 35 nodes
 
 
@@ -39,6 +38,11 @@ class Optimizers(str, Enum):
 
     muon = "muon"
     adamw = "adamw"
+
+    @property
+    def kind(self) -> type[Optimizer]:
+        """The class of this one."""
+        return MuonOfAll if self is Optimizers.muon else AdamW
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
@@ -169,7 +173,7 @@ def train_(
 
     detail = f"{arm.value}, {passes} passes, {size} tokens, {len(samples.tokens)} tokens of text"
     settings = Settings(name, minutes, batch_tokens, rate, max_steps, seed, detail)
-    record = train(head, settings, step, validate, work, OPTIMIZERS[optimizer.value])
+    record = train(head, settings, step, validate, work, optimizer.kind)
     accepted, shares = _accepted(head, teacher, of_held_out, batch_tokens, device)
     result = {"arm": arm.value, "passes": passes, "seed": seed, "chain": accepted[0],
               "tree": accepted[1], "agreement": shares[0], "agreement_tree": shares[1],

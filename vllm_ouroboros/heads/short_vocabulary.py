@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,9 +25,9 @@ class ShortVocabulary(nn.Module):
         self.vocabulary = vocabulary
         self._rows: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def ids(self) -> torch.Tensor:
-        """Ids int64 [size] of the tokens that may be drafted."""
+        """Ids int64 [size] of the tokens that may be drafted; not before the weights are loaded."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def short_logits(self, lm_head: VocabParallelEmbedding, hidden: torch.Tensor) -> torch.Tensor:
