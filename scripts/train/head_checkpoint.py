@@ -28,7 +28,7 @@ def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
         out: directory, made where there is none.
     """
     arm, config = head.shape.arm, target.config
-    tensors = {name: value.to(torch.bfloat16) for name, value in head.state_dict().items()}
+    tensors = {name: value.to(torch.bfloat16) for name, value in head.weights().items()}
     if len(ids) < config.vocab_size:
         tensors["d2t"] = torch.from_numpy(ids - np.arange(len(ids)))
     family = config.architectures[0].removesuffix("ForCausalLM")
@@ -68,6 +68,6 @@ def load_head(head: Head, path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     tensors.pop("d2t", None)
     try:
-        head.load_state_dict(tensors)
+        head.load_weights(tensors)
     except RuntimeError as error:
         raise PairError(f"--start: '{path}' is another kind of head: {error}") from None

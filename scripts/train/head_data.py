@@ -17,7 +17,7 @@ from vllm_ouroboros.cli.loops import loops
 if TYPE_CHECKING:
     from vllm import LLM
 
-HELD_OUT = 50  # one text in so many is held out
+HELD_OUT = 15  # one text in so many is held out
 HASHED_TOKENS = 64
 MARK = "\ue000"  # stands for a turn's text in a rendered template
 FEWEST_ANSWER_TOKENS = 8

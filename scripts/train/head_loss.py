@@ -109,7 +109,7 @@ def head_loss(
 def accepted_counts(
     head: Head, teacher: Teacher, batch: Batch, length: int, widths: tuple[int, ...]
 ) -> Tensor:
-    """Counts int64 [widths, length + 1] of trees by how many of their tokens the text has.
+    """Counts int64 [rows, widths, length + 1] of trees by how many of their tokens the text has.
 
     A tree begins at every row that counts. It has the paths of tokens whose ranks, from 1 on,
     multiply to no more than its width: width 1 is the chain, 3 a tree of 35 nodes if ``length`` is
@@ -131,8 +131,8 @@ def accepted_counts(
         for n, rank in enumerate(ranks):
             product *= rank[:, n : n + starts.shape[1]]
             accepted += product <= width
-        counts.append(torch.bincount(accepted[starts], minlength=length + 1))
-    return torch.stack(counts)
+        counts.append((F.one_hot(accepted, length + 1) * starts[..., None]).sum(1))
+    return torch.stack(counts, 1)
 
 
 def _ranks(logits: Tensor, ids: Tensor, text: Tensor) -> Tensor:

@@ -118,13 +118,30 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """A draft head; embeddings and LM head are the target's and not part of it."""
+    """A draft head; embeddings and LM head are the target's and not part of it.
 
-    def __init__(self, shape: HeadShape) -> None:
+    It begins with little more than the feature it reads, so that its output is at home in the space
+    of features from the first step on.
+
+    Embeddings are often far smaller than features: a head that reads them as they are takes long
+    to see its tokens. So it multiplies them by a scale, which checkpoints have in the weights.
+
+    Args:
+        shape: sizes.
+        embedding_scale: what embeddings are multiplied by.
+    """
+
+    def __init__(self, shape: HeadShape, embedding_scale: float = 1.0) -> None:
         super().__init__()
         self.shape = shape
+        self.register_buffer("embedding_scale", torch.tensor(embedding_scale))
         self.fc = Sampler(shape)
         self.layers = nn.ModuleList([Layer(shape)])
+        with torch.no_grad():
+            nn.init.eye_(self.fc.fc.weight[:, shape.hidden_size :])
+            for name, weight in self.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.zero_()
 
     def forward(
         self,
@@ -142,7 +159,31 @@ class Head(nn.Module):
         """
         rope = self._rope(embeddings.shape[1], embeddings)
         passes = [] if earlier is None else earlier
-        return self.layers[0](self.fc(embeddings, features), rope, passes)
+        scaled = embeddings * self.embedding_scale
+        return self.layers[0](self.fc(scaled, features), rope, passes)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights of a head that reads embeddings as they are."""
+        tensors = dict(self.state_dict())
+        self._multiply(tensors, tensors.pop("embedding_scale"))
+        return tensors
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `weights` gave; the scale stays this head's.
+
+        Raises:
+            RuntimeError: they are those of another shape.
+        """
+        scaled = dict(tensors)
+        self._multiply(scaled, 1 / self.embedding_scale)
+        self.load_state_dict({**scaled, "embedding_scale": self.embedding_scale})
+
+    def _multiply(self, tensors: dict[str, Tensor], factor: Tensor) -> None:
+        """Replace what reads embeddings, multiplied by a factor."""
+        for name in ("fc.fc.weight", "fc.mlp.gate_proj.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name].clone()
+                tensors[name][:, : self.shape.hidden_size] *= factor
 
     def _rope(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.arange(0, self.shape.head_dim, 2, device=like.device)

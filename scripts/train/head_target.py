@@ -29,11 +29,17 @@ def head_shape(config: Any, arm: Arm) -> HeadShape:
     )
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """What a device multiplies matrices in fastest: a CPU without AMX takes float32."""
+    tiles = device != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if tiles else torch.float32
+
+
 def load_target(path: str, device: str) -> Any:
-    """The target in bfloat16, as transformers loads it."""
+    """The target in `fast_dtype`, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=fast_dtype(device))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -74,8 +80,8 @@ class Features:
         return size // (2 * self.hidden)
 
     @torch.no_grad()
-    def write(self, model: Any, batch_tokens: int = 4096) -> None:
-        """Run the target over the texts that have none yet."""
+    def write(self, model: Any, batch_tokens: int) -> None:
+        """Run the target over the texts that have none yet, so many tokens at a time with padding."""
         samples = self.samples
         first = int(np.searchsorted(samples.offsets, self.written, side="right")) - 1
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -89,24 +95,26 @@ class Features:
                         break
                     rows.append(samples[first + len(rows)])
                 hidden = model.model(input_ids=_padded(rows).to(model.device)).last_hidden_state
-                for row, states in zip(rows, hidden.cpu(), strict=True):
+                hidden = hidden.to("cpu", torch.bfloat16)
+                for row, states in zip(rows, hidden, strict=True):
                     file.write(states[: len(row)].view(torch.int16).numpy().tobytes())
                 first += len(rows)
 
-    def batch(self, indices: list[int], device: str) -> Batch:
-        """Some texts with their features."""
+    def batch(self, indices: list[int], device: str, *, prompts: bool = False) -> Batch:
+        """Some texts with their features; predictions of prompts count if ``prompts``."""
         samples = self.samples
         rows = [samples[i] for i in indices]
         shape = -1, self.hidden
         stored = np.memmap(self.path, np.int16, "r").reshape(shape)
         tokens = _padded(rows)
-        features = torch.zeros(*tokens.shape, self.hidden, dtype=torch.bfloat16)
+        features = torch.zeros(*tokens.shape, self.hidden)
         counts = torch.zeros(tokens.shape, dtype=torch.bool)
         for n, (i, row) in enumerate(zip(indices, rows, strict=True)):
             start = int(samples.offsets[i])
             states = torch.from_numpy(np.array(stored[start : start + len(row)]))
             features[n, : len(row)] = states.view(torch.bfloat16)
-            counts[n, max(int(samples.prompt_lengths[i]), 1) : len(row)] = True
+            given = 0 if prompts else int(samples.prompt_lengths[i])
+            counts[n, max(given, 1) : len(row)] = True
         return Batch(tokens.to(device), features.to(device), counts[:, 1:].to(device))
 
 

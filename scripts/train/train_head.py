@@ -4,6 +4,7 @@
     python scripts/train/train_head.py data     --target DIR --work DIR --minutes 30
     python scripts/train/train_head.py features --target DIR --work DIR
     python scripts/train/train_head.py train    --target DIR --work DIR --minutes 30
+    python scripts/train/train_head.py compare  --work DIR
     python scripts/train/train_head.py export   --target DIR --work DIR --out HEAD
 
 Every command resumes from the work directory and may be stopped at any time.
@@ -21,12 +22,14 @@ import numpy as np
 import torch
 import typer
 from head_checkpoint import load_head, save_head
+from head_compare import compare, tallies_path
 from head_loss import accepted_counts, head_loss
 from head_model import Arm, Head
-from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
+from head_target import Features, fast_dtype, frequent_tokens, head_shape, load_target, teacher_of
 from pair_data import PairError
 from pair_samples import Samples, batches
 from pair_train import AdamW, MuonOfAll, Optimizer, Settings, train
+from rich.table import Table
 from train_app import console, run
 
 DEPTH = 5  # tokens of the chain, or levels of the tree, that held-out agreement is told for
@@ -106,10 +109,13 @@ def features(
     torch.set_num_threads(threads)
     parts = head_data.split(work / "conversations.jsonl", max_tokens)
     model = load_target(target, device)
+    batch_tokens = max_tokens if device == "cpu" else 32 * max_tokens  # a CPU gains by no padding
     for name, samples in zip(("train", "held_out"), parts, strict=True):
         samples.save(work / f"{name}.npz")
         console.print(f"{name}: {len(samples):,} texts, {len(samples.tokens):,} tokens")
-        Features(work / f"{name}.features", samples, model.config.hidden_size).write(model)
+        Features(work / f"{name}.features", samples, model.config.hidden_size).write(
+            model, batch_tokens
+        )
 
 
 @app.command("train")
@@ -148,19 +154,21 @@ def train_(
     size = min(vocabulary or model.config.vocab_size, model.config.vocab_size)
     ids = frequent_tokens(samples, model.config.vocab_size, size)
     teacher = teacher_of(model, ids)
-    head = Head(head_shape(model.config, arm)).to(device)
-    if start is not None:
-        load_head(head, start)
     of_training = Features(work / "train.features", samples, model.config.hidden_size)
     of_held_out = Features(work / "held_out.features", held_out, model.config.hidden_size)
     order = batches(samples, batch_tokens, seed)
-    size_of_feature = float(of_training.batch(next(order), device).features.float().abs().mean())
+    first = of_training.batch(next(order), device)
+    size_of_feature = float(first.features.abs().mean())
+    size_of_embedding = float(teacher.embeddings[first.tokens].abs().mean())
+    head = Head(head_shape(model.config, arm), size_of_feature / size_of_embedding).to(device)
+    if start is not None:
+        load_head(head, start)
 
     def step() -> tuple[torch.Tensor, int]:
         tokens = 0
         for left in reversed(range(accumulate)):
-            batch = of_training.batch(next(order), device)
-            with torch.autocast(device, torch.bfloat16):
+            batch = of_training.batch(next(order), device, prompts=True)
+            with _autocast(device):
                 loss = head_loss(head, teacher, batch, passes, noise * size_of_feature)
             loss = loss / accumulate
             if left:
@@ -169,12 +177,14 @@ def train_(
         return loss, tokens
 
     def validate() -> float:
-        return _accepted(head, teacher, of_held_out, batch_tokens, device)[0][0]
+        return _figures(_tallies(head, teacher, of_held_out, batch_tokens, device))[0][0]
 
     detail = f"{arm.value}, {passes} passes, {size} tokens, {len(samples.tokens)} tokens of text"
     settings = Settings(name, minutes, batch_tokens, rate, max_steps, seed, detail)
     record = train(head, settings, step, validate, work, optimizer.kind)
-    accepted, shares = _accepted(head, teacher, of_held_out, batch_tokens, device)
+    tallies = _tallies(head, teacher, of_held_out, batch_tokens, device)
+    np.save(tallies_path(work, name), tallies.numpy())
+    accepted, shares = _figures(tallies)
     result = {"arm": arm.value, "passes": passes, "seed": seed, "chain": accepted[0],
               "tree": accepted[1], "agreement": shares[0], "agreement_tree": shares[1],
               **vars(record)}  # fmt: skip
@@ -183,6 +193,25 @@ def train_(
     np.save(work / f"{name}.ids.npy", ids.numpy())
     (work / f"{name}.arm").write_text(arm.value)
     console.print(result)
+
+
+@app.command("compare")
+def compare_(
+    work: Work,
+    baseline: Annotated[Arm, typer.Option(help="Arm that others are held against.")] = Arm.eagle,
+    passes: Annotated[int, typer.Option(min=1, help="Its passes.")] = 1,
+) -> None:
+    """Tells accepted tokens of all heads in a work directory, with paired bootstrap intervals."""
+    for shape, title in enumerate((f"chain of {DEPTH}", f"tree of {DEPTH} levels")):
+        table = Table(
+            "arm", "passes", "seeds", "accepted", "difference", "95 % interval", title=title
+        )
+        for one in compare(work, (baseline.value, passes), shape):
+            table.add_row(
+                one.kind[0], str(one.kind[1]), str(one.seeds), f"{one.accepted:.3f}",
+                f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}",
+            )  # fmt: skip
+        console.print(table)
 
 
 @app.command()
@@ -201,6 +230,11 @@ def export(
     console.print(f"wrote {out}")
 
 
+def _autocast(device: str) -> torch.autocast:
+    dtype = fast_dtype(device)
+    return torch.autocast(device, dtype, enabled=dtype == torch.bfloat16)
+
+
 def _samples(work: Path, part: str) -> Samples:
     path = work / f"{part}.npz"
     if not path.exists():
@@ -208,23 +242,30 @@ def _samples(work: Path, part: str) -> Samples:
     return Samples.load(path)
 
 
-def _accepted(
+def _tallies(
     head: Head, teacher: Any, features: Features, batch_tokens: int, device: str
-) -> tuple[list[float], list[list[float]]]:
-    """On held-out text, for a chain and for a tree: accepted tokens, and the share that a level
-    accepts of what reached it.
-    """
-    counts = torch.zeros(len(WIDTHS), DEPTH + 1, dtype=torch.long)
-    indices = np.argsort(features.samples.lengths, kind="stable").tolist()
-    most = max(1, batch_tokens // int(features.samples.lengths.max()))
-    with torch.autocast(device, torch.bfloat16):
+) -> torch.Tensor:
+    """Accepted tokens of each held-out text as `accepted_counts` tells them."""
+    lengths = features.samples.lengths
+    counts = torch.zeros(len(lengths), len(WIDTHS), DEPTH + 1, dtype=torch.long)
+    indices = np.argsort(lengths, kind="stable").tolist()
+    most = max(1, batch_tokens // int(lengths.max()))
+    with _autocast(device):
         for first in range(0, len(indices), most):
-            batch = features.batch(indices[first : first + most], device)
+            some = indices[first : first + most]
+            batch = features.batch(some, device)
             if batch.tokens.shape[1] >= DEPTH + 2:
-                counts += accepted_counts(head, teacher, batch, DEPTH, WIDTHS).cpu()
-    reached = counts.flip(1).cumsum(1).flip(1).double()
+                counts[some] = accepted_counts(head, teacher, batch, DEPTH, WIDTHS).cpu()
+    return counts
+
+
+def _figures(tallies: torch.Tensor) -> tuple[list[float], list[list[float]]]:
+    """For a chain and a tree: accepted tokens, and the share that a level accepts of what reached
+    it.
+    """
+    reached = tallies.sum(0).flip(1).cumsum(1).flip(1).double()
     shares = (reached[:, 1:] / reached[:, :-1].clamp(min=1)).tolist()
-    accepted = (reached[:, 1:].sum(1) / reached[:, 0]).tolist()
+    accepted = (reached[:, 1:].sum(1) / reached[:, 0].clamp(min=1)).tolist()
     return accepted, [[round(share, 4) for share in level] for level in shares]
 
 

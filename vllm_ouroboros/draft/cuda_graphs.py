@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from vllm.platforms import current_platform
 
+from vllm_ouroboros.draft.model import MAX_GRAPH_ROWS
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 
-SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, MAX_GRAPH_ROWS)
 """Rows of the graphs."""
-MAX_ROWS = SIZES[-1]
 
 Forward = Callable[[CUDATreeStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Replay = Callable[[], None]
@@ -37,7 +37,7 @@ class DraftGraphs:
     """Captures and replays.
 
     Args:
-        static: masks and lengths that the graphs read, for at most `MAX_ROWS` rows.
+        static: masks and lengths that the graphs read, for at most `MAX_GRAPH_ROWS` rows.
         max_blocks: columns of a block table.
         forward: (step, tokens int32 [T], positions int64 [T], slots int64 [T]) to hidden states
             [T, hidden].
@@ -70,7 +70,11 @@ class DraftGraphs:
 
     def fits(self, tree: CUDATreeStep) -> bool:
         """Whether there is a graph for a step."""
-        return tree.num_rows <= MAX_ROWS and tree.mask.shape[1] <= self.static.mask.shape[1]
+        return (
+            tree.num_rows <= SIZES[-1]
+            and tree.mask.shape[1] <= self.static.mask.shape[1]
+            and len(tree.context_lens) <= len(self.static.context_lens)
+        )
 
     def replay(
         self,

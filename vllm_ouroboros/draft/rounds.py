@@ -62,6 +62,10 @@ class DraftRounds:
         """Most rows that a request has in a round."""
         return self._most_rows(RoundWidth.FULL)
 
+    def most_requests(self, batch: int) -> int:
+        """Most requests of a masked forward in a batch of so many; an expanded row counts as one."""
+        return batch * (1 + MAX_EXPANDED) if self.draft.reads_features else batch
+
     def _most_rows(self, width: RoundWidth) -> int:
         rows = self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
         return rows + (MAX_EXPANDED if self.draft.reads_features else 0)

@@ -19,7 +19,8 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.cuda_graphs import MAX_ROWS, DraftGraphs
+from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
+from vllm_ouroboros.draft.model import MAX_GRAPH_ROWS
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
 from vllm_ouroboros.kernels.kv_compact import KVLayers
@@ -61,11 +62,12 @@ class OuroborosCUDARunner(TreeRunner):
         rounds = self.drafter.rounds
         if draft is None or rounds is None or self.model_config.enforce_eager:
             return taken
-        if draft.reads_features:  # the graphs have no place for features
-            return taken
         free = torch.cuda.mem_get_info()[0]
         table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
-        static = StaticSteps(self.device, self.max_num_reqs, MAX_ROWS, rounds.widest, draft.max_len)
+        static = StaticSteps(
+            self.device, rounds.most_requests(self.max_num_reqs), MAX_GRAPH_ROWS, rounds.widest,
+            draft.max_len,
+        )  # fmt: skip
         draft.graphs = DraftGraphs(static, table.shape[1], draft.masked)
         draft.graphs.capture()
         return taken + max(0, free - torch.cuda.mem_get_info()[0])
@@ -121,7 +123,7 @@ class OuroborosCUDARunner(TreeRunner):
         names: dict[int, list[str]] = {}
         for name, built in metadata.items():
             tree = getattr(built, "tree", None)
-            if tree is not None:
+            if tree is not None and name in self.target_layers:  # a head's may share it
                 names.setdefault(id(tree), []).append(name)
         step: Any
         for step in trees.steps:

@@ -36,7 +36,7 @@ from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
 from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 CALLS = {"tree": 0, "static": 0, "replays": 0, "walks": 0}
-draft_graphs.SIZES, draft_graphs.MAX_ROWS = (32, 96), 96  # interpreted rows take long
+draft_graphs.SIZES = 32, 96  # interpreted rows take long
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -110,8 +110,8 @@ class Runner(OuroborosCUDARunner, CPUModelRunner):
             table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
             static = StaticSteps(
                 self.device,
-                self.max_num_reqs,
-                draft_graphs.MAX_ROWS,
+                self.drafter.rounds.most_requests(self.max_num_reqs),
+                draft_graphs.SIZES[-1],
                 self.drafter.rounds.widest,
                 draft.max_len,
             )

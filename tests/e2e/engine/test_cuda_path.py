@@ -57,6 +57,14 @@ CASES = (
         24,
         {"tree", "walks"},
     ),
+    Case(
+        "a draft head",
+        4,
+        {"draft_model": str(PAIR / "head"), "draft_tokens": 3, "adaptive": False},
+        2,
+        10,
+        {"tree", "replays", "walks"},
+    ),
     Case("adaptive", 8, {"draft_model": None}, 2, 24, {"tree", "walks"}),
 )
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "train"
 sys.path.insert(0, str(SCRIPTS))
 
+import head_compare  # noqa: E402
 import head_data  # noqa: E402
 import head_loss  # noqa: E402
 import head_model  # noqa: E402
@@ -69,6 +70,28 @@ def test_a_head_computes_the_formulas(arm: Arm) -> None:
         torch.testing.assert_close(out.logit[row].double(), logit, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(out.feature[row].double(), feature, atol=1e-5, rtol=1e-5)
     assert torch.equal(out.logit, out.feature) == (not arm.splits_output)
+
+
+@pytest.mark.parametrize("arm", [Arm.eagle, Arm.fspad])
+def test_checkpoints_have_the_scale_of_embeddings_in_their_weights(arm: Arm) -> None:
+    shape = replace(SHAPE, arm=arm)
+    scaled = head_model.Head(shape, 17.0)
+    for parameter in scaled.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    plain, again = head_model.Head(shape), head_model.Head(shape, 5.0)
+    plain.load_weights(scaled.weights())
+    again.load_weights(scaled.weights())
+    e, f = 0.1 * torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    for head in (plain, again):
+        torch.testing.assert_close(head(e, f).logit, scaled(e, f).logit, atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain.weights()["fc.fc.weight"], scaled.weights()["fc.fc.weight"])
+
+
+def test_a_head_begins_with_the_feature_it_reads() -> None:
+    head = head_model.Head(SHAPE)
+    f = torch.randn(2, 9, 32)
+    out = head(torch.zeros_like(f), f)
+    torch.testing.assert_close(out.feature, f + head.fc.fc.bias)
 
 
 def test_arms_differ_in_what_their_names_say() -> None:
@@ -134,7 +157,7 @@ def test_trees_end_at_the_first_token_that_they_do_not_have(drafted: int) -> Non
         for counts, n in zip(expected, accepted, strict=True):
             counts[n] += 1
     found = head_loss.accepted_counts(head, ends, given, 3, widths)
-    assert found.tolist() == expected.tolist()
+    assert found.tolist() == [expected.tolist()]
     assert expected[2, 1:].sum() > 0
 
 
@@ -180,7 +203,6 @@ def test_features_go_on_where_they_end_and_do_not_see_padding(tmp_path: Path) ->
     samples = pair_samples.Samples.from_lists(rows, [1, 2, 3, 0])
     model.config.hidden_size = 256
     found = head_target.Features(tmp_path / "f", samples, 256)
-    model = model.to(torch.bfloat16)
     found.write(model, batch_tokens=20)
     whole = found.path.read_bytes()
     found.path.write_bytes(whole[: 2 * 256 * 6 + 10])  # ends within the second text
@@ -191,6 +213,26 @@ def test_features_go_on_where_they_end_and_do_not_see_padding(tmp_path: Path) ->
         alone = model.model(input_ids=torch.tensor([row])).last_hidden_state
         torch.testing.assert_close(features[: len(row)], alone[0], atol=0.05, rtol=0.05)
     assert batch.counts.tolist() == [[True] * 4 + [False] * 4, [False] + [True] * 7]
+    whole = found.batch([0, 1], "cpu", prompts=True).counts
+    assert whole.tolist() == [[True] * 4 + [False] * 4, [True] * 8]
+
+
+def test_heads_are_compared_text_by_text(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    easy = rng.integers(1, 9, (40, 1, 1))  # texts differ much, heads little
+    for name, arm, seed, more in (("a", "eagle", 0, 0), ("b", "fspad", 0, 2), ("c", "fspad", 1, 4)):
+        counts = np.concatenate((10 * easy - more, 10 * easy, 10 * easy + more), 2)
+        np.save(head_compare.tallies_path(tmp_path, name), counts)
+        with (tmp_path / "heads.jsonl").open("a") as file:
+            file.write(json.dumps({"name": name, "arm": arm, "passes": 1, "seed": seed}) + "\n")
+    base, better = head_compare.compare(tmp_path, ("eagle", 1), 0)
+    assert base.kind == ("eagle", 1) and base.difference == base.low == base.high == 0
+    assert base.accepted == pytest.approx(1.0)
+    drafts = 30 * easy.sum()
+    assert better.seeds == 2 and better.accepted == pytest.approx(1 + 3 * 2 * 40 / drafts)
+    assert 0 < better.low < better.difference < better.high < 0.2
+    with pytest.raises(head_compare.PairError, match="no head of eagle with 2 passes"):
+        head_compare.compare(tmp_path, ("eagle", 2), 0)
 
 
 def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
@@ -214,6 +256,11 @@ def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
     record = json.loads((work / "heads.jsonl").read_text())
     assert record["steps"] == 2 and len(record["agreement"]) == 5
     assert record["chain"] <= record["tree"]
+    run("train", "--name", "wide", "--arm", "eagle", *options)
+    compared = CliRunner().invoke(
+        train_head.app, ["compare", "--work", str(work), "--baseline", "fspad", "--passes", "2"]
+    )
+    assert compared.exit_code == 0 and compared.output.count("eagle") == 2, compared.output
     run("export", "--out", str(tmp_path / "head"))
     config = json.loads((tmp_path / "head/config.json").read_text())
     assert config["architectures"] == ["EagleFSPADLlamaForCausalLM"]
@@ -223,5 +270,8 @@ def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
     assert tensors["layers.0.mlp.down_proj.weight"].shape == (512, 704)
     run("train", "--name", "more", "--start", str(tmp_path / "head"), "--optimizer", "adamw",
         "--max-steps", "0", "--vocabulary", "64", "--threads", "1")  # fmt: skip
-    kept = torch.load(work / "more.pt")
-    assert all(torch.equal(kept[name], tensors[name].float()) for name in kept)
+    run("export", "--name", "more", "--out", str(tmp_path / "more"))
+    kept = load_file(tmp_path / "more/model.safetensors")
+    assert kept.keys() == tensors.keys()
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, tensors[name])
