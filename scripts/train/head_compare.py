@@ -1,4 +1,4 @@
-"""Heads side by side: accepted tokens on the same held-out texts, with paired bootstrap intervals."""
+"""Heads side by side: tokens accepted of the same held-out texts, paired bootstrap intervals."""
 
 from __future__ import annotations
 

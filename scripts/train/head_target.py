@@ -81,7 +81,7 @@ class Features:
 
     @torch.no_grad()
     def write(self, model: Any, batch_tokens: int) -> None:
-        """Run the target over the texts that have none yet, so many tokens at a time with padding."""
+        """Run the target over the texts that have none yet, so many tokens at a time."""
         samples = self.samples
         first = int(np.searchsorted(samples.offsets, self.written, side="right")) - 1
         with self.path.open("r+b" if self.path.exists() else "wb") as file:

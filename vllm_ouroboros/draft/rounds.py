@@ -63,7 +63,7 @@ class DraftRounds:
         return self._most_rows(RoundWidth.FULL)
 
     def most_requests(self, batch: int) -> int:
-        """Most requests of a masked forward in a batch of so many; an expanded row counts as one."""
+        """Most requests of a masked forward; each row that expands the tree counts as one."""
         return batch * (1 + MAX_EXPANDED) if self.draft.reads_features else batch
 
     def _most_rows(self, width: RoundWidth) -> int:
