@@ -144,10 +144,13 @@ def inflate(
         except InflateError as error:
             raise InflateError(f"{name}: {error}") from None
         jobs.append((out / name, Inflation(model, dims, getattr(torch, dtype.value), seed)))
-    for directory, inflation in jobs:
+    for directory in [*(directory for directory, _ in jobs), *([out / "head"] if head else [])]:
         if directory.exists():
             raise InflateError(f"--out: '{directory}' exists; remove it or name another directory")
+    for directory, inflation in jobs:
         typer.echo(f"{directory.name}: {inflation.dims}, {dtype.value}")
+    if head is not None:
+        typer.echo(f"head: of {head}")
     if dry_run:
         return
     needed = sum(_bytes(i.dims, i.dtype) for _, i in jobs)

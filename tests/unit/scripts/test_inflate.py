@@ -225,6 +225,9 @@ def test_command_writes_a_pair_in_shards_that_says_what_it_is(tmp_path: Path):
         assert (target / name).read_bytes() == (inflate.PAIR / "target" / name).read_bytes()
     with pytest.raises(InflateError, match=r"--out: '.*target' exists; remove"):
         run("--out", tmp_path / "pair", "--role", "target")
+    (tmp_path / "other/head").mkdir(parents=True)
+    with pytest.raises(InflateError, match=r"--out: '.*head' exists; remove"):
+        run("--out", tmp_path / "other", "--role", "target", "--head", inflate.PAIR / "head")
 
 
 def test_dry_run_writes_nothing(tmp_path: Path):
