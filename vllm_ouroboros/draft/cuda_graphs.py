@@ -13,11 +13,8 @@ from functools import partial
 import torch
 from vllm.platforms import current_platform
 
-from vllm_ouroboros.draft.model import MAX_GRAPH_ROWS
+from vllm_ouroboros.draft.graph_rows import SIZES
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
-
-SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, MAX_GRAPH_ROWS)
-"""Rows of the graphs."""
 
 Forward = Callable[[CUDATreeStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Replay = Callable[[], None]

@@ -12,7 +12,8 @@ import torch
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import TextFeatures
-from vllm_ouroboros.draft.model import MAX_GRAPH_ROWS, DraftModel
+from vllm_ouroboros.draft.graph_rows import MAX_GRAPH_ROWS
+from vllm_ouroboros.draft.model import DraftModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 
-MAX_GRAPH_ROWS = 512
-"""Rows of the largest CUDA graph of a masked forward."""
-
 
 @njit(cache=True)
 def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
-from vllm_ouroboros.draft.model import MAX_GRAPH_ROWS
+from vllm_ouroboros.draft.graph_rows import MAX_GRAPH_ROWS
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
 from vllm_ouroboros.kernels.kv_compact import KVLayers
