@@ -57,11 +57,12 @@ def write_conversations(
     answer_tokens: int,
     turns: Sequence[str],
     follow_up: float,
+    own: float,
 ) -> None:
     """Append conversations to a file of JSON lines, a batch at a time.
 
     The target writes the user's turn after the bare template (arXiv 2406.08464) at temperature 1,
-    then answers it greedily; a share of the conversations gets a second turn.
+    then answers it greedily. A share of the conversations gets a second turn.
 
     Args:
         llm: the target.
@@ -69,22 +70,22 @@ def write_conversations(
         minutes: after which no new batch begins.
         batch: conversations at a time.
         answer_tokens: most tokens of an answer.
-        turns: user turns to be answered in turn with those that the target writes; those that the
-            file holds already are left out.
+        turns: user turns to be answered too; those that the file holds already are left out.
         follow_up: share of conversations that go on.
+        own: share of the batches whose user turns the target writes, while there are others.
     """
     chat = Chat(llm.get_tokenizer())
-    known = {tuple(prompt) for prompt, _ in _texts(path)} if path.exists() else set()
+    known = {tuple(prompt) for prompt, _ in texts(path)} if path.exists() else set()
     given = [[*chat.opening, *chat.encode(text), *chat.reply] for text in dict.fromkeys(turns)]
     given = [prompt for prompt in given if tuple(prompt) not in known]
     start = time.monotonic()
-    own = False  # whether it is the target's turn to ask
+    owed = 0.0  # batches that the target has still to begin itself
     while time.monotonic() - start < minutes * 60:
-        if own or not given:
-            asked = _user_turns(llm, chat, [chat.opening] * batch)
+        owed += own
+        if owed >= 1 or not given:
+            asked, owed = _user_turns(llm, chat, [chat.opening] * batch), owed - 1
         else:
             asked, given = given[:batch], given[batch:]
-        own = not own
         answers = _answers(llm, asked, answer_tokens)
         _append(path, asked, answers)
         longer = [
@@ -98,15 +99,15 @@ def write_conversations(
 
 
 def write_continuations(
-    llm: LLM, path: Path, texts: Sequence[str], *, batch: int, answer_tokens: int
+    llm: LLM, path: Path, beginnings: Sequence[str], *, batch: int, answer_tokens: int
 ) -> None:
     """Append what a target without a chat template says after each text, greedily.
 
     Texts that the file holds already are left out.
     """
     tokenizer = llm.get_tokenizer()
-    known = {tuple(prompt) for prompt, _ in _texts(path)} if path.exists() else set()
-    prompts = [tokenizer.encode(text) for text in dict.fromkeys(texts)]
+    known = {tuple(prompt) for prompt, _ in texts(path)} if path.exists() else set()
+    prompts = [tokenizer.encode(text) for text in dict.fromkeys(beginnings)]
     prompts = [prompt for prompt in prompts if tuple(prompt) not in known]
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
@@ -152,7 +153,7 @@ def split(path: Path, max_tokens: int) -> tuple[Samples, Samples]:
     """Training and held-out texts of a file of conversations; repeats and loops are left out."""
     kept: tuple[list[list[int]], list[list[int]]] = ([], [])
     lengths: tuple[list[int], list[int]] = ([], [])
-    for prompt, answer in _texts(path):
+    for prompt, answer in texts(path):
         row = [*prompt, *answer][:max_tokens]
         if len(answer) < FEWEST_ANSWER_TOKENS or len(prompt) + FEWEST_ANSWER_TOKENS > max_tokens:
             continue
@@ -170,7 +171,8 @@ def split(path: Path, max_tokens: int) -> tuple[Samples, Samples]:
     return training, held_out
 
 
-def _texts(path: Path) -> Iterator[tuple[list[int], list[int]]]:
+def texts(path: Path) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompts and answers of a file of conversations, as token ids; each prompt once."""
     seen = set()
     with path.open() as file:
         for line in file:

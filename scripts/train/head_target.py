@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fast_dtype import fast_dtype
 from head_loss import Batch, Teacher
 from head_model import Arm, HeadShape
 from pair_samples import Samples
@@ -27,12 +28,6 @@ def head_shape(config: Any, arm: Arm) -> HeadShape:
         rms_norm_eps=config.rms_norm_eps,
         arm=arm,
     )
-
-
-def fast_dtype(device: str) -> torch.dtype:
-    """What a device multiplies matrices in fastest: a CPU without AMX takes float32."""
-    tiles = device != "cpu" or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if tiles else torch.float32
 
 
 def load_target(path: str, device: str) -> Any:

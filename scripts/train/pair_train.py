@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from muon import Muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -53,9 +54,7 @@ class Optimizer:
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                matrices, settings.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            ),
+            Muon(matrices, settings.rate),
             torch.optim.AdamW(rest, settings.rate / 2, betas=(0.9, 0.95), weight_decay=0.01),
         ]
         self._parameters = [*matrices, *rest]

@@ -21,11 +21,12 @@ import head_data
 import numpy as np
 import torch
 import typer
+from fast_dtype import fast_dtype
 from head_checkpoint import load_head, save_head
 from head_compare import compare, tallies_path
 from head_loss import accepted_counts, head_loss
 from head_model import Arm, Head
-from head_target import Features, fast_dtype, frequent_tokens, head_shape, load_target, teacher_of
+from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
 from pair_data import PairError
 from pair_samples import Samples, batches
 from pair_train import AdamW, MuonOfAll, Optimizer, Settings, train
@@ -67,6 +68,9 @@ def data(
     follow_up: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of conversations that go on.")
     ] = 0.3,
+    own: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share that the target begins beside --texts.")
+    ] = 0.5,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -77,13 +81,14 @@ def data(
 ) -> None:
     """Lets the target write conversations, through vLLM."""
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     work.mkdir(parents=True, exist_ok=True)
     path = work / "conversations.jsonl"
     written = path.read_text().count("\n") if path.exists() else 0
     llm = LLM(
-        target, dtype="bfloat16", max_model_len=1024, max_num_seqs=batch, seed=written,
-        enable_prefix_caching=True,
+        target, dtype=fast_dtype(current_platform.device_type), max_model_len=1024,
+        max_num_seqs=batch, seed=written, enable_prefix_caching=True,
     )  # fmt: skip
     turns = [json.loads(line)["prompt"] for line in texts.open()] if texts else []
     if llm.get_tokenizer().chat_template is None:
@@ -93,7 +98,7 @@ def data(
         return
     head_data.write_conversations(
         llm, path, minutes=minutes, batch=batch, answer_tokens=answer_tokens, turns=turns,
-        follow_up=follow_up,
+        follow_up=follow_up, own=own,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "train"
@@ -22,6 +24,8 @@ import head_loss  # noqa: E402
 import head_model  # noqa: E402
 import head_prompts  # noqa: E402
 import head_target  # noqa: E402
+import head_texts  # noqa: E402
+import muon  # noqa: E402
 import pair_samples  # noqa: E402
 import train_head  # noqa: E402
 from head_model import Arm  # noqa: E402
@@ -190,6 +194,46 @@ def test_user_turns_are_the_same_each_time_and_of_all_kinds(tmp_path: Path) -> N
     head_prompts.main(tmp_path / "code", count=30, code=True)
     texts = [json.loads(line)["prompt"] for line in (tmp_path / "code").read_text().splitlines()]
     assert len(texts) == 30 and sum("def " in text for text in texts) > 20
+
+
+def test_user_turns_are_about_what_the_target_wrote(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<s>{{ turn.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    chat = head_data.Chat(tokenizer)
+    rng = random.Random(0)
+    pairs = []
+    for n in range(4):
+        words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(40)]
+        pairs.append((f"What is this thing, number {n}?", " ".join(words)))
+    pairs.append(("Translate into French: a cat", "un chat"))
+    lines = []
+    for question, answer in [*pairs, ("Repeat a word.", "a word " * 20)]:
+        prompt = [*chat.opening, *chat.encode(question), *chat.reply]
+        lines.append({"prompt": prompt, "answer": chat.encode(answer)})
+        later = [*prompt, *chat.encode(answer), *chat.next, *chat.encode("And?"), *chat.reply]
+        lines.append({"prompt": later, "answer": chat.encode("Yes.")})
+    path = tmp_path / "conversations.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [*head_texts.answered(path, tokenizer)] == pairs
+    turns = head_prompts.user_turns(300, rng, pairs)
+    assert any("un chat" in turn for turn in turns)
+    documents = [turn for turn in turns if "[2] " in turn]
+    assert documents and all("What is this thing, number" in turn for turn in documents)
+
+
+def test_an_update_of_muon_is_orthogonal() -> None:
+    for shape in ((6, 10), (10, 6)):
+        found = muon.orthogonal(torch.randn(shape)).float()
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.6 and values.max() < 1.3
+    weight = torch.zeros(4, 4, requires_grad=True)
+    optimizer = muon.Muon([weight], rate=0.5)
+    weight.grad = torch.eye(4)
+    optimizer.step()
+    assert (weight.diagonal() < -0.1).all()
 
 
 def test_the_tokens_that_may_be_drafted_are_the_most_frequent_in_answers() -> None:
