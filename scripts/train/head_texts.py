@@ -29,6 +29,15 @@ MODULES = """
     string subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback types
     typing unittest.case unittest.mock urllib.parse urllib.request urllib.robotparser uuid
     wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree zipfile
+    numpy.lib._arraysetops_impl numpy.lib._function_base_impl numpy.lib._index_tricks_impl
+    numpy.lib._npyio_impl numpy.linalg._linalg numpy.ma.core numpy.polynomial.polynomial
+    numpy.testing._private.utils torch.distributions.distribution torch.distributions.kl
+    torch.functional torch.fx.graph torch.fx.node torch.nn.functional torch.nn.init
+    torch.nn.modules.container torch.nn.modules.conv torch.nn.modules.module
+    torch.optim.lr_scheduler torch.optim.optimizer torch.testing._comparison
+    torch.utils.data.dataloader
+    transformers.configuration_utils transformers.generation.utils transformers.image_transforms
+    transformers.modeling_utils transformers.tokenization_utils_base
 """
 
 

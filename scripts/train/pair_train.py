@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ WARMUP_STEPS = 30
 
 @dataclass(frozen=True)
 class Settings:
-    """How one stage is trained; learning rates decay linearly to zero over the time budget."""
+    """How one stage is trained; learning rates decay linearly to zero, by time or by steps."""
 
     name: str
     minutes: float
@@ -30,6 +31,11 @@ class Settings:
     max_steps: int | None = None
     seed: int = 0
     detail: str = ""  # for the model card
+
+    @property
+    def steps(self) -> float:
+        """After which it ends, whatever the time."""
+        return math.inf if self.max_steps is None else max(1, self.max_steps)
 
 
 @dataclass
@@ -123,7 +129,7 @@ def train(
         while record.minutes < settings.minutes and record.steps != settings.max_steps:
             loss, tokens = next_step()
             loss.backward()
-            decay = 1 - record.minutes / settings.minutes
+            decay = 1 - max(record.minutes / settings.minutes, record.steps / settings.steps)
             optimizer.step(min(decay, (record.steps + 1) / WARMUP_STEPS))
             now = time.monotonic()
             record.minutes = earlier + (now - start) / 60

@@ -259,20 +259,21 @@ def test_graphs_of_draft_forwards(device) -> None:
     """The smallest graph that has room, with the step in its buffers and padding behind it."""
     seen = []
 
-    def forward(step, tokens, positions, slots):
+    def forward(step, tokens, positions, slots, features):
         seen.append((len(tokens), slots.tolist(), step.query_start_loc.tolist()))
-        return tokens[:, None] + 1000.0 * positions[:, None]
+        return tokens[:, None] + 1000.0 * positions[:, None], 2 * features
 
     def capture(function):
-        result = function()
+        results = function()
 
         def replay() -> None:
-            result.copy_(function())
+            for result, found in zip(results, function(), strict=True):
+                result.copy_(found)
 
-        return replay, result
+        return replay, results
 
     static = StaticSteps(torch.device(device), 3, SIZES[-1], 70, 64)
-    graphs = DraftGraphs(static, 2, forward, capture)
+    graphs = DraftGraphs(static, 2, forward, [torch.zeros(SIZES[-1], 3, device=device)], capture)
     graphs.capture()
     assert sorted(size for size, *_ in seen) == sorted(SIZES)
     for sizes in ([20, 14], [3], [30, 30, 30]):
@@ -284,7 +285,9 @@ def test_graphs_of_draft_forwards(device) -> None:
         )  # fmt: skip
         assert graphs.fits(step)
         places = torch.arange(total, device=device)
-        got = graphs.replay(step, places.int(), places + 1, places + 5)
+        features = torch.rand(total, 3, device=device)
+        got, doubled = graphs.replay(step, places.int(), places + 1, places + 5, features)
+        assert doubled.equal(2 * features)
         assert got[:, 0].tolist() == [i + 1000.0 * (i + 1) for i in range(total)]
         size, slots, query_start_loc = seen[-1]
         assert size == min(s for s in SIZES if s >= total)

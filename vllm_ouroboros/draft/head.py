@@ -12,15 +12,14 @@ import torch
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import TextFeatures
-from vllm_ouroboros.draft.graph_rows import MAX_GRAPH_ROWS
 from vllm_ouroboros.draft.model import DraftModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_ouroboros.draft.cuda_graphs import Outputs
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
     from vllm_ouroboros.trees.request_state import RequestState
-    from vllm_ouroboros.verify.tree_step import TreeStep
 
 EAGLE = "EagleLlamaForCausalLM"
 
@@ -89,8 +88,6 @@ class DraftHead(DraftModel):
         self.short: ShortVocabulary | None = None
         self.state: RequestState | None = None
         self._predicted = torch.zeros(0)  # by slot and place of the chain, once there are slots
-        self._row_features = self._row_predictions = torch.zeros(0)  # of the forward under way
-        self._given = self._made = torch.zeros(0)  # the same where a CUDA graph finds them
 
     def use(self, state: RequestState) -> None:
         """Draft for the requests of ``state``."""
@@ -99,9 +96,6 @@ class DraftHead(DraftModel):
         device = self.target_config.device_config.device
         shape = slots, budget + 1, self.hidden
         self._predicted = torch.zeros(shape, dtype=self.dtype, device=device)
-        self._given, self._made = torch.zeros(
-            2, MAX_GRAPH_ROWS, self.hidden, dtype=self.dtype, device=device
-        )
 
     def load(self, target: torch.nn.Module) -> None:
         super().load(target)
@@ -162,38 +156,30 @@ class DraftHead(DraftModel):
         )
         self._predicted[owner, place] = predicted[index]
 
-    def forward(self, clock, runner, slots, requests, tokens, positions, *rest) -> torch.Tensor:
-        """See `DraftModel.forward`; also keeps the features that the rows predict."""
-        _, query_start_loc, _, tree = rest
+    def forward(
+        self, clock, runner, slots, requests, tokens, positions, writes, query_start_loc,
+        context_lens, tree,
+    ) -> torch.Tensor:  # fmt: skip
+        """See `DraftModel.forward`."""
         starts = query_start_loc[: len(slots) + 1]
         features = self._inputs(slots, positions, starts, tree is None)
-        buffered = tree is not None and len(tokens) <= MAX_GRAPH_ROWS
-        if buffered:
-            self._given[: len(tokens)] = features
-        self._row_features = features
-        hidden = super().forward(clock, runner, slots, requests, tokens, positions, *rest)
+        hidden, predicted = self._outputs(
+            clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens,
+            tree, features,
+        )  # fmt: skip
         if tree is not None:
-            predicted = self._made[: len(tokens)] if buffered else self._row_predictions
             self._keep(slots, positions, starts, predicted)
         return hidden
 
-    def masked(
-        self, tree: TreeStep, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """See `DraftModel.masked`; reads and writes buffers, so that a CUDA graph may repeat it."""
-        rows = len(tokens)
-        if rows > MAX_GRAPH_ROWS:
-            return super().masked(tree, tokens, positions, slots)
-        self._row_features = self._given[:rows]
-        hidden = super().masked(tree, tokens, positions, slots)
-        self._made[:rows] = self._row_predictions
-        return hidden
+    def _run_model(
+        self, tokens: torch.Tensor, positions: torch.Tensor, *more: torch.Tensor
+    ) -> Outputs:
+        (features,) = more
+        return self.model(input_ids=tokens, positions=positions, hidden_states=features)
 
-    def _run_model(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        confidence, self._row_predictions = self.model(
-            input_ids=tokens, positions=positions, hidden_states=self._row_features
-        )
-        return confidence
+    def further_inputs(self, rows: int) -> Outputs:
+        device = self.target_config.device_config.device
+        return (torch.zeros(rows, self.hidden, dtype=self.dtype, device=device),)
 
     def logits(
         self, hidden: torch.Tensor, rows: np.ndarray, *, short: bool = False
@@ -208,9 +194,3 @@ class DraftHead(DraftModel):
 
     def has_read(self, slot: int, tokens: int) -> None:
         self.features.trim(slot, tokens)
-
-    def warm_up(self, num_tokens: int) -> None:
-        device = self.target_config.device_config.device
-        shape = num_tokens, self.hidden
-        self._row_features = torch.zeros(shape, dtype=self.dtype, device=device)
-        super().warm_up(num_tokens)

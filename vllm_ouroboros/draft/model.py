@@ -25,7 +25,7 @@ from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
+    from vllm_ouroboros.draft.cuda_graphs import DraftGraphs, Outputs
 
 
 @njit(cache=True)
@@ -148,6 +148,8 @@ class DraftModel:
     ) -> torch.Tensor:
         """Hidden states [T, hidden] of T rows of R requests.
 
+        A head also keeps the features that they predict.
+
         Args:
             clock: keeps the model's time apart from the preparation's.
             runner: holds the block tables.
@@ -160,6 +162,25 @@ class DraftModel:
             context_lens: int32 [R].
             tree: attention mask of all rows, or None for plain causal rows.
         """
+        del slots
+        return self._outputs(
+            clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens, tree
+        )[0]
+
+    def _outputs(
+        self,
+        clock: StepClock,
+        runner: GPUModelRunner,
+        requests: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        writes: np.ndarray,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        tree: TreeStep | None,
+        *more: torch.Tensor,
+    ) -> Outputs:
+        """What the model computes of T rows; ``more`` is what it reads beside their tokens."""
         table = runner.input_batch.block_table[self.kv_cache_gid]
         kv_slots = np.empty(len(tokens), np.int64)
         slot_mapping(
@@ -169,24 +190,26 @@ class DraftModel:
         ids, places, slots_tensor = (
             torch.from_numpy(array).to(device) for array in (tokens, positions, kv_slots)
         )
+        inputs = ids, places, slots_tensor, *more
         if tree is None:
             metadata = self._causal(
                 runner, requests, places, query_start_loc, context_lens, slots_tensor
             )
             with clock.model("draft"):
-                return self._run(metadata, ids, places, slots_tensor)
+                return self._run(metadata, *inputs)
         tree.block_table = table.block_table.gpu[torch.from_numpy(requests).to(device)]
         with clock.model("draft"):
             if self.graphs is not None and self.graphs.fits(tree):  # type: ignore[arg-type]
-                return self.graphs.replay(tree, ids, places, slots_tensor)  # type: ignore[arg-type]
-            return self.masked(tree, ids, places, slots_tensor)
+                return self.graphs.replay(tree, *inputs)  # type: ignore[arg-type]
+            return self.masked(tree, *inputs)
 
-    def masked(
-        self, tree: TreeStep, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """Hidden states [T, hidden] of T rows that attend by the masks of ``tree``."""
-        metadata = dict.fromkeys(self.layer_names, TreeOnly(tree))
-        return self._run(metadata, tokens, positions, slots)
+    def masked(self, tree: TreeStep, *inputs: torch.Tensor) -> Outputs:
+        """What the model computes of T rows that attend by the masks of ``tree``.
+
+        ``inputs`` are tokens int32 [T], positions int64 [T], KV slots int64 [T] and
+        `further_inputs`.
+        """
+        return self._run(dict.fromkeys(self.layer_names, TreeOnly(tree)), *inputs)
 
     def _run(
         self,
@@ -194,7 +217,8 @@ class DraftModel:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
-    ) -> torch.Tensor:
+        *more: torch.Tensor,
+    ) -> Outputs:
         context = set_forward_context(
             metadata,
             self.vllm_config,
@@ -202,10 +226,18 @@ class DraftModel:
             slot_mapping=dict.fromkeys(self.layer_names, slots),
         )
         with context:
-            return self._run_model(tokens, positions)
+            return self._run_model(tokens, positions, *more)
 
-    def _run_model(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=tokens, positions=positions)
+    def _run_model(
+        self, tokens: torch.Tensor, positions: torch.Tensor, *more: torch.Tensor
+    ) -> Outputs:
+        """Hidden states [T, hidden], and what else the model computes."""
+        assert not more
+        return (self.model(input_ids=tokens, positions=positions),)
+
+    def further_inputs(self, rows: int) -> Outputs:
+        """Zeros in the place of what the model reads beside tokens and positions."""
+        return ()
 
     def _causal(
         self,
@@ -265,4 +297,5 @@ class DraftModel:
             self._run_model(
                 torch.zeros(num_tokens, dtype=torch.int32, device=device),
                 torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                *self.further_inputs(num_tokens),
             )

@@ -19,8 +19,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
-from vllm_ouroboros.draft.graph_rows import MAX_GRAPH_ROWS
+from vllm_ouroboros.draft.cuda_graphs import MAX_GRAPH_ROWS, DraftGraphs
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin, replace_backend
 from vllm_ouroboros.kernels.kv_compact import KVLayers
@@ -68,7 +67,9 @@ class OuroborosCUDARunner(TreeRunner):
             self.device, rounds.most_requests(self.max_num_reqs), MAX_GRAPH_ROWS, rounds.widest,
             draft.max_len,
         )  # fmt: skip
-        draft.graphs = DraftGraphs(static, table.shape[1], draft.masked)
+        draft.graphs = DraftGraphs(
+            static, table.shape[1], draft.masked, draft.further_inputs(MAX_GRAPH_ROWS)
+        )
         draft.graphs.capture()
         return taken + max(0, free - torch.cuda.mem_get_info()[0])
 
