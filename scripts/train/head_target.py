@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fast_dtype import fast_dtype
 from head_loss import Batch, Teacher
-from head_model import Arm, HeadShape
+from head_model import Arm, Head, HeadShape
 from pair_samples import Samples
 from torch import Tensor
 
@@ -30,12 +29,35 @@ def head_shape(config: Any, arm: Arm) -> HeadShape:
     )
 
 
+def fast_dtype(device: str) -> torch.dtype:
+    """What a device multiplies matrices in fastest: a CPU without AMX takes float32."""
+    tiles = device != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if tiles else torch.float32
+
+
 def load_target(path: str, device: str) -> Any:
     """The target in `fast_dtype`, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=fast_dtype(device))
     return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def begin_as_last_layer(head: Head, model: Any) -> None:
+    """Let a head look at features as the target's last layer looks at what it reads.
+
+    What the head's layer adds to its input is zero at first and stays so.
+    """
+    layer, own = model.model.layers[-1], head.layers[0]
+    scale = layer.input_layernorm.weight / model.model.norm.weight  # features have the final norm's
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, name).weight * scale
+        getattr(own.self_attn, name).weight.copy_(weight)
+    own.post_attention_layernorm.weight.copy_(layer.post_attention_layernorm.weight)
+    for name in ("gate_proj", "up_proj"):
+        weight = getattr(layer.mlp, name).weight
+        getattr(own.mlp, name).weight[: len(weight)].copy_(weight)
 
 
 def frequent_tokens(samples: Samples, vocabulary: int, size: int) -> Tensor:

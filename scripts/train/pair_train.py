@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from muon import Muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -56,19 +55,17 @@ class Optimizer:
     """Muon for the layers' matrices and AdamW for everything else, with one schedule."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
-        matrices = [p for p in self.inner(model).parameters() if p.dim() == 2]
+        matrices = [p for p in model.layers.parameters() if p.dim() == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [
-            Muon(matrices, settings.rate),
+            torch.optim.Muon(
+                matrices, settings.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(rest, settings.rate / 2, betas=(0.9, 0.95), weight_decay=0.01),
         ]
         self._parameters = [*matrices, *rest]
         self._peaks = [settings.rate, settings.rate / 2]
-
-    def inner(self, model: nn.Module) -> nn.Module:
-        """What Muon trains the matrices of."""
-        return model.layers
 
     def clip(self) -> None:
         """Keep the gradients small."""
@@ -80,13 +77,6 @@ class Optimizer:
             part.param_groups[0]["lr"] = peak * scale
             part.step()
             part.zero_grad(set_to_none=True)
-
-
-class MuonOfAll(Optimizer):
-    """Muon for all matrices of a draft head, which has neither embeddings nor an LM head."""
-
-    def inner(self, model: nn.Module) -> nn.Module:
-        return model
 
 
 class AdamW(Optimizer):

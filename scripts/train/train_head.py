@@ -13,7 +13,6 @@ Every command resumes from the work directory and may be stopped at any time.
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,32 +20,27 @@ import head_data
 import numpy as np
 import torch
 import typer
-from fast_dtype import fast_dtype
 from head_checkpoint import load_head, save_head
 from head_compare import compare, tallies_path
 from head_loss import accepted_counts, head_loss
 from head_model import Arm, Head
-from head_target import Features, frequent_tokens, head_shape, load_target, teacher_of
+from head_target import (
+    Features,
+    begin_as_last_layer,
+    fast_dtype,
+    frequent_tokens,
+    head_shape,
+    load_target,
+    teacher_of,
+)
 from pair_data import PairError
 from pair_samples import Samples, batches
-from pair_train import AdamW, MuonOfAll, Optimizer, Settings, train
+from pair_train import AdamW, Settings, train
 from rich.table import Table
 from train_app import console, run
 
 DEPTH = 5  # tokens of the chain, or levels of the tree, that held-out agreement is told for
 WIDTHS = 1, 3  # of a chain and of a tree of 35 nodes
-
-
-class Optimizers(str, Enum):
-    """How heads are trained; the papers take AdamW."""
-
-    muon = "muon"
-    adamw = "adamw"
-
-    @property
-    def kind(self) -> type[Optimizer]:
-        """The class of this one."""
-        return MuonOfAll if self is Optimizers.muon else AdamW
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None)
@@ -137,13 +131,10 @@ def train_(
     ] = 8192,
     minutes: Annotated[float, typer.Option(min=0.0, help="Time budget, wall clock.")] = 30.0,
     max_steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many.")] = None,
-    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 5e-4,
+    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
     batch_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a batch.")] = 4096,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
     noise: Annotated[float, typer.Option(min=0.0, help="Noise on features, of their size.")] = 0.05,
-    optimizer: Annotated[
-        Optimizers, typer.Option(help="muon: for the matrices, with AdamW for the rest.")
-    ] = Optimizers.muon,
     start: Annotated[
         Path | None, typer.Option(help="A head that was exported, to go on from.")
     ] = None,
@@ -168,6 +159,8 @@ def train_(
     head = Head(head_shape(model.config, arm), size_of_feature / size_of_embedding).to(device)
     if start is not None:
         load_head(head, start)
+    else:
+        begin_as_last_layer(head, model)
 
     def step() -> tuple[torch.Tensor, int]:
         tokens = 0
@@ -186,7 +179,7 @@ def train_(
 
     detail = f"{arm.value}, {passes} passes, {size} tokens, {len(samples.tokens)} tokens of text"
     settings = Settings(name, minutes, batch_tokens, rate, max_steps, seed, detail)
-    record = train(head, settings, step, validate, work, optimizer.kind)
+    record = train(head, settings, step, validate, work, AdamW)
     tallies = _tallies(head, teacher, of_held_out, batch_tokens, device)
     np.save(tallies_path(work, name), tallies.numpy())
     accepted, shares = _figures(tallies)

@@ -25,7 +25,6 @@ import head_model  # noqa: E402
 import head_prompts  # noqa: E402
 import head_target  # noqa: E402
 import head_texts  # noqa: E402
-import muon  # noqa: E402
 import pair_samples  # noqa: E402
 import train_head  # noqa: E402
 from head_model import Arm  # noqa: E402
@@ -220,20 +219,26 @@ def test_user_turns_are_about_what_the_target_wrote(tmp_path: Path) -> None:
     assert [*head_texts.answered(path, tokenizer)] == pairs
     turns = head_prompts.user_turns(300, rng, pairs)
     assert any("un chat" in turn for turn in turns)
-    documents = [turn for turn in turns if "[2] " in turn]
+    documents = [turn for turn in turns if "\n\n[3] " in turn]
     assert documents and all("What is this thing, number" in turn for turn in documents)
 
 
-def test_an_update_of_muon_is_orthogonal() -> None:
-    for shape in ((6, 10), (10, 6)):
-        found = muon.orthogonal(torch.randn(shape)).float()
-        values = torch.linalg.svdvals(found)
-        assert values.min() > 0.6 and values.max() < 1.3
-    weight = torch.zeros(4, 4, requires_grad=True)
-    optimizer = muon.Muon([weight], rate=0.5)
-    weight.grad = torch.eye(4)
-    optimizer.step()
-    assert (weight.diagonal() < -0.1).all()
+def test_a_head_begins_with_the_looks_of_the_last_layer_and_adds_nothing() -> None:
+    model = head_target.load_target(str(TINY), "cpu").float()
+    shape = head_target.head_shape(model.config, Arm.eagle_wide)
+    head = head_model.Head(shape)
+    head_target.begin_as_last_layer(head, model)
+    layer, own = model.model.layers[-1], head.layers[0]
+    states = torch.randn(5, shape.hidden_size)
+    feature = model.model.norm(states)
+    wanted = layer.self_attn.q_proj(layer.input_layernorm(states))
+    torch.testing.assert_close(own.self_attn.q_proj(feature), wanted, atol=1e-4, rtol=1e-4)
+    assert own.mlp.gate_proj.weight[: model.config.intermediate_size].equal(
+        layer.mlp.gate_proj.weight
+    )
+    embeddings = torch.zeros(1, 5, shape.hidden_size)
+    head.fc.fc.bias.data.zero_()
+    torch.testing.assert_close(head(embeddings, feature[None]).feature[0], feature)
 
 
 def test_the_tokens_that_may_be_drafted_are_the_most_frequent_in_answers() -> None:
@@ -312,8 +317,8 @@ def test_a_head_is_trained_resumed_and_exported(tmp_path: Path) -> None:
     ids = tensors["d2t"] + torch.arange(64)
     assert (ids.diff() > 0).all() and ids.max() < 4096
     assert tensors["layers.0.mlp.down_proj.weight"].shape == (512, 704)
-    run("train", "--name", "more", "--start", str(tmp_path / "head"), "--optimizer", "adamw",
-        "--max-steps", "0", "--vocabulary", "64", "--threads", "1")  # fmt: skip
+    run("train", "--name", "more", "--start", str(tmp_path / "head"), "--max-steps", "0",
+        "--vocabulary", "64", "--threads", "1")  # fmt: skip
     run("export", "--name", "more", "--out", str(tmp_path / "more"))
     kept = load_file(tmp_path / "more/model.safetensors")
     assert kept.keys() == tensors.keys()
