@@ -133,7 +133,7 @@ def _compact(
     if ALIGNED:
         cache = tl.multiple_of(cache, 16)
     context = tl.load(context_lens + request)
-    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     element = (column // DIM) * stride_head + column % DIM
     in_row = column < HEADS * DIM
     table = block_table + request * stride_table

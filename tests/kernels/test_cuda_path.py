@@ -40,6 +40,8 @@ class Native:
         self.sliding_window = (-1, -1) if window is None else (window - 1, 0)
         self.alibi_slopes = lacking.get("alibi")
         self.sinks, self.attn_type = lacking.get("sinks"), lacking.get("kind", "decoder")
+        self.kv_sharing_target_layer_name = lacking.get("shares")
+        self.chunk_lookback = lacking.get("lookback", -1)
         self.native_rows = 0
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, *_):
@@ -80,6 +82,7 @@ def test_tree_rows_attend_as_the_oracle_says(
     total, padding = int(starts[-1]), 3
     impl = Impl(kind, window, cap)
     assert impl.supports_quant_query_input is False
+    assert impl.fused_output_quant_supported(None) is False
     kv = cache(torch.float8_e4m3fn if quantised else torch.float32, heads_first).to(device)
     table = torch.tensor([[1, 2, 0], [3, 4, 0], [5, 6, 0]], dtype=torch.int32, device=device)
     q = torch.randn(prefill + total + padding, HEADS, DIM, device=device)
@@ -137,6 +140,8 @@ def test_rows_without_a_tree_are_vllms() -> None:
         ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"kind": "encoder"}, "decoder's"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
+        ({"shares": "model.layers.3"}, "another layer's KV cache"),
+        ({"lookback": 0}, "chunk_lookback"),
     ],
 )
 def test_what_trees_cannot_attend_is_refused(lacking, word) -> None:
@@ -220,6 +225,7 @@ def test_host_arrays_travel_together(device) -> None:
     got = to_device(torch.device(device), one, two)
     assert [t.tolist() for t in got] == [[[0, 1, 2], [3, 4, 5]], [9]]
     assert {t.dtype for t in got} == {torch.int32}
+    assert got[1].data_ptr() - got[0].data_ptr() == 32  # each begins at 16 bytes
 
 
 @SLOW
@@ -255,13 +261,15 @@ def test_the_device_walks_as_the_host_does(sizes, vocab, seed, device) -> None:
             assert found[r].path.dtype == np.int32
 
 
-def test_graphs_of_draft_forwards(device) -> None:
+@pytest.mark.parametrize("most", [3, 100])
+def test_graphs_of_draft_forwards(device, most: int) -> None:
     """The smallest graph that has room, with the step in its buffers and padding behind it."""
     seen = []
 
     def forward(step, tokens, positions, slots, features):
         seen.append((len(tokens), slots.tolist(), step.query_start_loc.tolist()))
-        return tokens[:, None] + 1000.0 * positions[:, None], 2 * features
+        result = tokens[:, None] + 1000.0 * positions[:, None]
+        return result, 2 * features, step.depths().clone()
 
     def capture(function):
         results = function()
@@ -272,7 +280,7 @@ def test_graphs_of_draft_forwards(device) -> None:
 
         return replay, results
 
-    static = StaticSteps(torch.device(device), 3, SIZES[-1], 70, 64)
+    static = StaticSteps(torch.device(device), most, SIZES[-1], 70, 64)
     graphs = DraftGraphs(static, 2, forward, [torch.zeros(SIZES[-1], 3, device=device)], capture)
     graphs.capture()
     assert sorted(size for size, *_ in seen) == sorted(SIZES)
@@ -286,13 +294,14 @@ def test_graphs_of_draft_forwards(device) -> None:
         assert graphs.fits(step)
         places = torch.arange(total, device=device)
         features = torch.rand(total, 3, device=device)
-        got, doubled = graphs.replay(step, places.int(), places + 1, places + 5, features)
-        assert doubled.equal(2 * features)
+        got, doubled, depth = graphs.replay(step, places.int(), places + 1, places + 5, features)
+        assert doubled.equal(2 * features) and depth.equal(step.depths())
         assert got[:, 0].tolist() == [i + 1000.0 * (i + 1) for i in range(total)]
         size, slots, query_start_loc = seen[-1]
         assert size == min(s for s in SIZES if s >= total)
         assert slots == [*range(5, 5 + total)] + [-1] * (size - total)
-        assert query_start_loc == [*starts.tolist()] + [total] * (3 - len(sizes))
+        requests = min(most, size)  # a graph of few rows has few requests
+        assert query_start_loc == [*starts.tolist()] + [total] * (requests - len(sizes))
         assert graphs.block_table[: len(sizes)].eq(1).all()
     parents, starts = random_trees([71], 0)
     wide = CUDATreeStep.of(

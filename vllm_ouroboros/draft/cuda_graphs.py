@@ -69,12 +69,17 @@ class DraftGraphs:
         )
         self.graphs: dict[int, tuple[Replay, Outputs]] = {}
 
+    @torch.no_grad()
     def capture(self) -> None:
         """Capture all sizes, the largest first: smaller ones share its memory."""
         for size in reversed(SIZES):
-            step = self.static.step(len(self.static.context_lens), size, self.block_table)
-            inputs = (one[:size] for one in self.inputs)
-            self.graphs[size] = self._capture(partial(self._forward, step, *inputs))
+            self.graphs[size] = self._capture(partial(self._run, size))
+
+    def _run(self, size: int) -> Outputs:
+        """A forward of so many rows; its step is new, for a graph must hold all that it derives."""
+        requests = min(len(self.static.context_lens), size)  # each has a row
+        step = self.static.step(requests, size, self.block_table)
+        return self._forward(step, *(one[:size] for one in self.inputs))
 
     def fits(self, tree: CUDATreeStep) -> bool:
         """Whether there is a graph for a step."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
@@ -32,8 +32,8 @@ from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 class OuroborosCUDARunner(TreeRunner):
     """vLLM's runner for CUDA devices, with tree verification."""
 
-    def profile_run(self) -> None:
-        super().profile_run()
+    def profile_run(self, *args, **kwargs) -> None:
+        super().profile_run(*args, **kwargs)
         self.drafter.warm_up(self.max_num_tokens)  # its activations take memory too
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
@@ -59,14 +59,14 @@ class OuroborosCUDARunner(TreeRunner):
         taken = super().capture_model()
         draft = self.drafter.draft
         rounds = self.drafter.rounds
-        if draft is None or rounds is None or self.model_config.enforce_eager:
+        if draft is None or rounds is None:
+            return taken
+        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:  # as with enforce_eager
             return taken
         free = torch.cuda.mem_get_info()[0]
         table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
-        static = StaticSteps(
-            self.device, rounds.most_requests(self.max_num_reqs), MAX_GRAPH_ROWS, rounds.widest,
-            draft.max_len,
-        )  # fmt: skip
+        requests = min(rounds.most_requests(self.max_num_reqs), MAX_GRAPH_ROWS)
+        static = StaticSteps(self.device, requests, MAX_GRAPH_ROWS, rounds.widest, draft.max_len)
         draft.graphs = DraftGraphs(
             static, table.shape[1], draft.masked, draft.further_inputs(MAX_GRAPH_ROWS)
         )

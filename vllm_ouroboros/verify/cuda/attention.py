@@ -50,10 +50,18 @@ class TreeRows:
              self.attn_type != "decoder"),  # type: ignore[attr-defined]
             (f"KV cache type {self.kv_cache_dtype!r}",
              self.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FP8)),
+            ("layers that read another layer's KV cache",
+             getattr(self, "kv_sharing_target_layer_name", None) is not None),
+            ("attention to blocks before the last ones (chunk_lookback)",
+             getattr(self, "chunk_lookback", -1) >= 0),
         )  # fmt: skip
         for what, found in lacking:
             if found:
                 raise ConfigError(f"this model uses {what}, which tree attention cannot do yet")
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        """No: the rows of trees are written as they are."""
+        return False
 
     def forward(
         self,

@@ -10,16 +10,24 @@ import torch
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_compact
 from vllm_ouroboros.kernels.tree_attention import count_depths
 
+ALIGNMENT = 4  # int32
+
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Tensors of int32 arrays on a device, by one copy that the host does not wait for."""
-    flat = np.concatenate([array.ravel() for array in arrays]).astype(np.int32, copy=False)
+    """Tensors of int32 arrays on a device, by one copy that the host does not wait for.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    """
+    rooms = [-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays]
+    flat = np.zeros(sum(rooms), np.int32)
+    for array, end, room in zip(arrays, np.cumsum(rooms), rooms, strict=True):
+        flat[end - room : end - room + array.size] = array.ravel()
     packed = torch.from_numpy(flat)
     if device.type == "cuda":
         packed = packed.pin_memory()
     packed = packed.to(device, non_blocking=True)
-    parts = packed.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    parts = zip(packed.split(rooms), arrays, strict=True)
+    return [part[: array.size].view(array.shape) for part, array in parts]
 
 
 @dataclass
