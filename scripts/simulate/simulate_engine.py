@@ -58,9 +58,10 @@ class ReplayedDraft:
         query_start_loc,
         contexts,
         tree,
+        paths=None,
     ) -> list[tuple[Text, int]]:
         """Text and place of each row, in the place of hidden states."""
-        del clock, runner, slots, writes, contexts, tree
+        del clock, runner, slots, writes, contexts, tree, paths
         self.watch.seconds += self.costs.round(len(tokens))
         rows: list[tuple[Text, int]] = []
         for row, first, last in zip(

@@ -58,7 +58,8 @@ def record_alternatives(
     found = tokens.shape[1] - 1
     state.alternatives[owner, at, :found] = tokens[:, 1:]
     state.alternative_probs[owner, at, :found] = probs[:, 1:]
-    state.alternative_next[owner, at] = -1
+    state.following[owner, at] = -1
+    state.expanded[owner, at] = -1
     if sampled:
         noisy = np.isin(owner, list(sampled))
         owner, at = owner[noisy], at[noisy]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.draft.expansion import MAX_PATHS
 from vllm_ouroboros.draft.features import TextFeatures
 from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +54,52 @@ def _has_fc(folder: Path) -> bool:
     return False
 
 
+def _plain(layer: torch.nn.Module) -> torch.nn.Module:
+    """A layer of the target without its adapters, which are not the head's."""
+    return getattr(layer, "base_layer", layer)
+
+
+class _Rows(NamedTuple):
+    """The rows of a forward, T of them."""
+
+    slots: np.ndarray  # int64 [T]
+    positions: np.ndarray  # int64 [T]
+    places: np.ndarray  # int64 [T], in the chain, negative in the text; nonsense before its end
+    paths: np.ndarray  # int64 [T], number of the path that a row belongs to, or -1
+    levels: np.ndarray  # int64 [T], of the row in that path, or -1
+
+    @classmethod
+    def of(
+        cls,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+        paths: np.ndarray | None,
+        state: RequestState,
+    ) -> _Rows:
+        counts = np.diff(starts)
+        owner = np.repeat(slots, counts)
+        path = np.repeat(np.full(len(slots), -1) if paths is None else paths, counts)
+        level = np.where(path < 0, -1, np.arange(len(owner)) - np.repeat(starts[:-1], counts))
+        return cls(owner, positions, positions - state.committed[owner], path, level)
+
+
+def _take(found: torch.Tensor, rows: np.ndarray, kept: torch.Tensor, *at: np.ndarray) -> None:
+    """Fill rows bool [T] of features with what is kept ``at`` some places."""
+    index, *where = (_index(one, kept.device) for one in (np.flatnonzero(rows), *at))
+    found[index] = kept[tuple(where)]
+
+
+def _put(kept: torch.Tensor, made: torch.Tensor, rows: np.ndarray, *at: np.ndarray) -> None:
+    """Keep rows bool [T] of features ``at`` some places."""
+    index, *where = (_index(one, kept.device) for one in (np.flatnonzero(rows), *at))
+    kept[tuple(where)] = made[index]
+
+
+def _index(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)
+
+
 class DraftHead(DraftModel):
     """Loads a draft head beside its target and runs its forwards.
 
@@ -64,6 +112,7 @@ class DraftHead(DraftModel):
     """
 
     reads_features = True
+    features: TextFeatures  # of the requests that it drafts for, see `use`
 
     def __init__(self, path: str, vllm_config: VllmConfig) -> None:
         config = json.loads((Path(path) / "config.json").read_text())
@@ -82,93 +131,72 @@ class DraftHead(DraftModel):
         speculative.draft_model_config = self.model_config
         self.load_config = copy.copy(vllm_config)
         self.load_config.speculative_config = speculative
-        requests = vllm_config.scheduler_config.max_num_seqs
-        self.features = TextFeatures(requests, self.hidden, target.dtype.itemsize)
         self.dtype = target.dtype
         self.short: ShortVocabulary | None = None
         self.state: RequestState | None = None
         self._predicted = torch.zeros(0)  # by slot and place of the chain, once there are slots
+        self._of_paths = torch.zeros(0)  # by slot, number of the path and level
 
     def use(self, state: RequestState) -> None:
         """Draft for the requests of ``state``."""
         self.state = state
         slots, budget = state.chain.shape
         device = self.target_config.device_config.device
+        self.features = TextFeatures(
+            slots, self.target_config.model_config.max_model_len, self.hidden, self.dtype, device
+        )
         shape = slots, budget + 1, self.hidden
         self._predicted = torch.zeros(shape, dtype=self.dtype, device=device)
+        paths = slots, MAX_PATHS, NUM_FOLLOWING - 1, self.hidden
+        self._of_paths = torch.zeros(paths, dtype=self.dtype, device=device)
 
     def load(self, target: torch.nn.Module) -> None:
         super().load(target)
         inner = target.get_language_model() if hasattr(target, "get_language_model") else target
         if not getattr(self.model, "has_own_embed_tokens", False):
-            self.model.model.embed_tokens = inner.model.embed_tokens
+            self.model.model.embed_tokens = _plain(inner.model.embed_tokens)
         if not getattr(self.model, "has_own_lm_head", False):
-            self.model.lm_head = inner.lm_head
+            self.model.lm_head = _plain(inner.lm_head)
         self.short = getattr(self.model, "short", None)
         if self.short is not None:
             self.short_ids = self.short.ids.numpy(force=True)
 
-    def _inputs(
-        self, slots: np.ndarray, positions: np.ndarray, starts: np.ndarray, text_alone: bool
-    ) -> torch.Tensor:
-        """Features [T, hidden] of the place before each row."""
-        assert self.state is not None
-        device = self._predicted.device
-        found = torch.zeros(len(positions), self.hidden, dtype=self.dtype, device=device)
-        chain_rows, chain_slots, chain_places = [], [], []
-        for r, slot in enumerate(slots.tolist()):
-            committed = int(self.state.committed[slot])  # not known before a prompt's end
-            rows = positions[starts[r] : starts[r + 1]]
-            # rows of text come first, place by place
-            text = len(rows) if text_alone else int((rows < committed).sum())
-            if text:
-                first = int(rows[0])
-                known = self.features.before(slot, first, first + text)
-                if known is not None:
-                    found[starts[r] : starts[r] + text] = known
-            rest = np.arange(starts[r] + text, starts[r + 1])
-            chain_rows.append(rest)
-            chain_slots.append(np.full(len(rest), slot))
-            chain_places.append(rows[text:] - committed)
-        index, owner, place = (
-            torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
-            for parts in (chain_rows, chain_slots, chain_places)
-        )
-        found[index] = self._predicted[owner, place]
+    def _inputs(self, rows: _Rows, text_alone: bool) -> torch.Tensor:
+        """Features [T, hidden] of the place before each row; ``text_alone``: all are of text."""
+        found = self.features.before(rows.slots, rows.positions)
+        if not text_alone:
+            chain, path = (rows.places >= 0) & (rows.levels <= 0), rows.levels > 0
+            _take(found, chain, self._predicted, rows.slots[chain], rows.places[chain])
+            if path.any():
+                at = rows.slots[path], rows.paths[path], rows.levels[path] - 1
+                _take(found, path, self._of_paths, *at)
         return found
 
-    def _keep(
-        self, slots: np.ndarray, positions: np.ndarray, starts: np.ndarray, predicted
-    ) -> None:
-        """Keep the features that rows from the last committed token on predict.
-
-        A slot that comes again has a row of an expansion, which no other row follows.
-        """
-        assert self.state is not None
-        owner = np.repeat(slots, np.diff(starts))
-        chains = int(starts[len(np.unique(slots))])
-        owner, positions = owner[:chains], positions[:chains]
-        place = positions - self.state.committed[owner] + 1
-        rows = np.flatnonzero((place >= 0) & (place < self._predicted.shape[1]))
-        index, owner, place = (
-            torch.from_numpy(array.astype(np.int64)).to(predicted.device)
-            for array in (rows, owner[rows], place[rows])
-        )
-        self._predicted[owner, place] = predicted[index]
+    def _keep(self, rows: _Rows, predicted: torch.Tensor) -> None:
+        """Keep the features that rows predict from the last committed token on."""
+        place = rows.places + 1
+        chain = (rows.levels < 0) & (place >= 0) & (place < self._predicted.shape[1])
+        _put(self._predicted, predicted, chain, rows.slots[chain], place[chain])
+        path = (rows.levels >= 0) & (rows.levels < NUM_FOLLOWING - 1)
+        if path.any():
+            at = rows.slots[path], rows.paths[path], rows.levels[path]
+            _put(self._of_paths, predicted, path, *at)
 
     def forward(
         self, clock, runner, slots, requests, tokens, positions, writes, query_start_loc,
-        context_lens, tree,
+        context_lens, tree, paths=None,
     ) -> torch.Tensor:  # fmt: skip
         """See `DraftModel.forward`."""
+        assert self.state is not None
         starts = query_start_loc[: len(slots) + 1]
-        features = self._inputs(slots, positions, starts, tree is None)
+        rows = _Rows.of(slots, positions, starts, paths, self.state)
+        features = self._inputs(rows, tree is None)
         hidden, predicted = self._outputs(
             clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens,
             tree, features,
         )  # fmt: skip
         if tree is not None:
-            self._keep(slots, positions, starts, predicted)
+            self._keep(rows, predicted)
         return hidden
 
     def _run_model(
@@ -190,7 +218,7 @@ class DraftHead(DraftModel):
         return self.short.short_logits(self.model.lm_head, wanted)
 
     def cannot_wait(self, slot: int) -> bool:
-        return self.features.waiting(slot) > self.features.most // 2
+        return self.features.runs_out(slot)
 
     def has_read(self, slot: int, tokens: int) -> None:
         self.features.trim(slot, tokens)

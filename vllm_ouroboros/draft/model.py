@@ -145,6 +145,7 @@ class DraftModel:
         query_start_loc: np.ndarray,
         context_lens: np.ndarray,
         tree: TreeStep | None,
+        paths: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] of T rows of R requests.
 
@@ -161,8 +162,10 @@ class DraftModel:
             query_start_loc: int32 [R + 1].
             context_lens: int32 [R].
             tree: attention mask of all rows, or None for plain causal rows.
+            paths: int64 [R], number of the path that a request's rows are, see `Expansion`; -1 for
+                text and chain.
         """
-        del slots
+        del slots, paths
         return self._outputs(
             clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens, tree
         )[0]

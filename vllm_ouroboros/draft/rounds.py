@@ -17,6 +17,7 @@ from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.trees.drafting import Drafting, RoundWidth
+from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 from vllm_ouroboros.trees.round_rows import Round
 from vllm_ouroboros.verify.acceptance import greedy
 from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
@@ -63,12 +64,12 @@ class DraftRounds:
         return self._most_rows(RoundWidth.FULL)
 
     def most_requests(self, batch: int) -> int:
-        """Most requests of a masked forward; each row that expands the tree counts as one."""
+        """Most requests of a masked forward; each path that expands the tree counts as one."""
         return batch * (1 + MAX_EXPANDED) if self.draft.reads_features else batch
 
     def _most_rows(self, width: RoundWidth) -> int:
         rows = self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
-        return rows + (MAX_EXPANDED if self.draft.reads_features else 0)
+        return rows + (MAX_EXPANDED * NUM_FOLLOWING if self.draft.reads_features else 0)
 
     def run(
         self,
@@ -223,7 +224,7 @@ class DraftRounds:
         with self.clock.phase("absorb"):
             self.drafting.absorb(slots, out, predicted)
         if expansion is not None:
-            total += len(expansion.slots)
+            total += expansion.rows
         self._last_rows = total
         if self.policy is not None:
             with self.clock.phase("alternatives"):
@@ -238,17 +239,18 @@ class DraftRounds:
             self.policy.costs.observe_round(total, forward, self.clock.now() - begin)
 
     def _expansion(self, slots: np.ndarray, batch: int) -> Expansion | None:
-        """Alternatives that a round of some requests expands, in a batch of so many."""
+        """Nodes that a round of some requests expands, in a batch of so many."""
         if self.policy is None or not self.draft.reads_features:
             return None
-        fewest, most = self._expected_rows(len(slots), self._width), MAX_EXPANDED
-        while most and not self.policy.affords_rows(batch, fewest + most * len(slots), fewest):
-            most //= 2
-        threshold = self.policy.acceptance_threshold(batch)
+        threshold, most = self.policy.acceptance_threshold(batch), MAX_EXPANDED
         expansion = Expansion.choose(
             self.drafting.state, slots, most, threshold, self.drafting.stops
         )
-        return expansion if len(expansion.slots) else None
+        fewest = self._expected_rows(len(slots), self._width)
+        while most and not self.policy.affords_rows(batch, fewest + expansion.rows, fewest):
+            most //= 2
+            expansion = expansion.first(most)
+        return expansion if expansion.rows else None
 
     def _follow_branches(
         self, runner, slots: np.ndarray, rows: np.ndarray, sampling: DraftSampling
@@ -276,13 +278,15 @@ class DraftRounds:
         ``short``: see `DraftModel.logits`.
         """
         asked = out.logits_rows[:wanted]
+        paths = None
         if expansion is not None:
             out = expansion.add_to(out, total, self.drafting.state)
-            more = len(expansion.slots)
-            asked = np.concatenate([asked, np.arange(total, total + more)])
+            chains = np.full(len(slots), -1)
+            paths = np.concatenate([chains, expansion.number(self.drafting.state)])
+            asked = np.concatenate([asked, total - 1 + np.cumsum(expansion.lengths)])
             slots = np.concatenate([slots, expansion.slots])
             rows = np.concatenate([rows, rows[expansion.requests]])
-            total += more
+            total += expansion.rows
         with self.clock.phase("plan"):
             tree = runner.tree_step(
                 np.arange(total),
@@ -294,7 +298,7 @@ class DraftRounds:
             )
         hidden = self._forward(
             runner, slots, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
-            out.query_start_loc, out.context_lens, tree,
+            out.query_start_loc, out.context_lens, tree, paths,
         )  # fmt: skip
         with self.clock.model("draft"):
             return self.draft.logits(hidden, asked, short=short)

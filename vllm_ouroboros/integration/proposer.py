@@ -223,10 +223,10 @@ class OuroborosProposer:
             rows.append(text if found is None else np.append(text, text[-1] + 1 + found.path))
             first += scheduled
         index = torch.from_numpy(np.concatenate(rows)).to(runner.hidden_states.device)
-        features = runner.hidden_states[index].split([len(some) for some in rows])
-        for row, (req_id, some) in enumerate(zip(batch.req_ids, features, strict=True)):
-            computed = int(batch.num_computed_tokens_cpu[row])
-            head.features.add(self.requests[req_id].slot, computed, some)
+        slots = np.array([self.requests[req_id].slot for req_id in batch.req_ids])
+        firsts = batch.num_computed_tokens_cpu[: len(slots)].astype(np.int64)
+        counts = np.array([len(some) for some in rows])
+        head.features.add(slots, firsts, counts, runner.hidden_states[index])
 
     def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""

@@ -17,6 +17,7 @@ from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.trees.candidates import (
     CHAIN,
     EVIDENCE,
+    FOLLOWING,
     GRADE,
     NEXT,
     NEXT_GRADE,
@@ -122,7 +123,7 @@ def grow_best(
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
         token = np.int64(token_ids[rows[r], committed - 1])
         chain_at, node, path_probability = -1, ROOT, 1.0
-        next_token, next_grade = np.int32(-1), np.int32(0)
+        following = (np.int32(-1), np.int32(0), np.int32(-1))
         phrase_at = (-1, 0, 0)
         size, pending = 0, 0
         while size < req.node_limit[s]:
@@ -132,9 +133,7 @@ def grow_best(
             if not ended:
                 on_chain = (node == ROOT or chain_at >= 0) and not without_draft
                 place = chain_at if on_chain else -2
-                count = draft_candidates(
-                    req, s, place, next_token, next_grade, children, draft_probs
-                )
+                count = draft_candidates(req, s, place, following, children, draft_probs)
                 filled = context_of(tokens, parents, node, token_ids[rows[r]], committed, tail)
                 context = tail[tail.shape[0] - filled :]
                 default_grade = BEYOND_CHAIN
@@ -166,7 +165,7 @@ def grow_best(
             parent = taken[PARENT]
             token = np.int64(taken[TOKEN])
             chain_at, node = taken[CHAIN], size
-            next_token, next_grade = taken[NEXT], taken[NEXT_GRADE]
+            following = (taken[NEXT], taken[NEXT_GRADE], taken[FOLLOWING])
             phrase_at = (taken[SLOT], taken[PHRASE], taken[PLACE])
             tokens[size], parents[size] = taken[TOKEN], parent
             sources[size] = _DRAFT if taken[GRADE] < NOT_IN_TOP_K else _SUFFIX

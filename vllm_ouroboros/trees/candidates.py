@@ -25,14 +25,14 @@ _NONE, _COUNTED = int(Evidence.NONE), int(Evidence.COUNTED)
 BRANCH_PROBABILITIES = (0.45, 0.25, 0.15, 0.1)
 """Probabilities assumed for the branches of a request that samples, by rank; the first also for
 the token after a branch."""
-NUM_COLUMNS = 10
+NUM_COLUMNS = 11
 (
-    TOKEN, GRADE, EVIDENCE, CHAIN, NEXT, NEXT_GRADE, SLOT, PHRASE, PLACE, PARENT,
+    TOKEN, GRADE, EVIDENCE, CHAIN, NEXT, NEXT_GRADE, FOLLOWING, SLOT, PHRASE, PLACE, PARENT,
 ) = range(NUM_COLUMNS)  # fmt: skip
 """Columns int32 of a candidate: its token, grade and evidence; its place in the chain, or -1; the
-draft model's token after it if it stands beside the chain, or -1, and the grade of that; slot,
-number and next place of the phrase that goes on from it; its parent once it waits in the
-frontier."""
+draft model's token after it if it stands beside the chain, or -1, the grade of that, and where in
+`RequestState.following` the token after that is, or -1; slot, number and next place of the phrase
+that goes on from it; its parent once it waits in the frontier."""
 
 
 @njit(cache=True)
@@ -49,22 +49,31 @@ def _add(children, count, token, grade_, evidence, slot, phrase, place):
         return count
     children[count, TOKEN], children[count, GRADE] = token, grade_
     children[count, EVIDENCE] = evidence
-    children[count, CHAIN] = children[count, NEXT] = -1
+    children[count, CHAIN] = children[count, NEXT] = children[count, FOLLOWING] = -1
     children[count, SLOT], children[count, PHRASE] = slot, phrase
     children[count, PLACE] = place
     return count + 1
 
 
 @njit(cache=True)
-def draft_candidates(req, s, chain_at, next_token, next_grade, children, draft_probs):
+def _lead_on(req, s, child, flat):
+    """Let the token at place ``flat`` of a request's ``following`` come after a candidate."""
+    ranks, depth = req.following.shape[2:]
+    at, k, n = flat // (ranks * depth), flat // depth % ranks, flat % depth
+    child[NEXT] = req.following[s, at, k, n]
+    child[NEXT_GRADE] = grade(req.following_probs[s, at, k, n])
+    child[FOLLOWING] = flat + 1 if n + 1 < depth else -1
+
+
+@njit(cache=True)
+def draft_candidates(req, s, chain_at, following, children, draft_probs):
     """The draft model's children of a node: the chain's token, then alternatives and branches.
 
     Args:
         req: see `RequestState`.
         s: slot of the request.
         chain_at: the node's place in the chain, -1 for the root, -2 for a node beside the chain.
-        next_token: the draft model's token after a node beside the chain, or -1.
-        next_grade: its grade.
+        following: columns `NEXT`, `NEXT_GRADE` and `FOLLOWING` of the node.
         children: int32 [C, NUM_COLUMNS], written.
         draft_probs: float64 [C], the draft model's probability of each, or -1; written.
 
@@ -83,8 +92,8 @@ def draft_candidates(req, s, chain_at, next_token, next_grade, children, draft_p
                 count = _add(children, count, req.alternatives[s, at, k], 0, 0, -1, 0, 0)
                 if count > before:
                     draft_probs[before] = req.alternative_probs[s, at, k]
-                    children[before, NEXT] = req.alternative_next[s, at, k]
-                    children[before, NEXT_GRADE] = grade(req.alternative_next_probs[s, at, k])
+                    ranks, depth = req.following.shape[2:]
+                    _lead_on(req, s, children[before], (at * ranks + k) * depth)
         if at < req.branches.shape[1]:
             for k in range(req.branches.shape[2]):
                 if req.branches[s, at, k] >= 0:
@@ -94,8 +103,10 @@ def draft_candidates(req, s, chain_at, next_token, next_grade, children, draft_p
                     if count > before:
                         children[before, NEXT] = req.branch_next[s, at, k]
                         children[before, NEXT_GRADE] = grade(BRANCH_PROBABILITIES[0])
-    elif next_token >= 0:
-        count = _add(children, 0, next_token, next_grade, 0, -1, 0, 0)
+    elif following[0] >= 0:
+        count = _add(children, 0, following[0], following[1], 0, -1, 0, 0)
+        if following[2] >= 0:
+            _lead_on(req, s, children[0], following[2])
     return count
 
 

@@ -11,6 +11,8 @@ BRANCHES = (3, 3, 2, 1)
 Tuned on HumanEval prompts at temperature 1 by scripts/bench/bench_sampling.py."""
 NUM_ALTERNATIVES = 3
 """A, top-k alternatives of the draft model that are kept at each place of the chain."""
+NUM_FOLLOWING = 3
+"""F, tokens that a draft head may draft after an alternative."""
 
 
 class RequestState(NamedTuple):
@@ -30,8 +32,9 @@ class RequestState(NamedTuple):
     confidence: np.ndarray  # float32 [S, B], the draft model's probability of each chain token
     alternatives: np.ndarray  # int32 [S, B, A], its top-k alternatives at each place, or -1
     alternative_probs: np.ndarray  # float32 [S, B, A], its probabilities of them
-    alternative_next: np.ndarray  # int32 [S, B, A], the token after each of them, or -1
-    alternative_next_probs: np.ndarray  # float32 [S, B, A], its probabilities of those
+    following: np.ndarray  # int32 [S, B, A, F], the tokens after each of them, then -1
+    following_probs: np.ndarray  # float32 [S, B, A, F], its probabilities of those
+    expanded: np.ndarray  # int32 [S, B, A], number of an alternative that has been expanded, or -1
     chain_len: np.ndarray  # int32 [S]
     done: np.ndarray  # bool [S], the chain is long enough or ends the text
     chain_only: np.ndarray  # bool [S], the tree must be a chain
@@ -61,8 +64,9 @@ class RequestState(NamedTuple):
             confidence=np.zeros((slots, budget), np.float32),
             alternatives=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
             alternative_probs=np.zeros((slots, budget, NUM_ALTERNATIVES), np.float32),
-            alternative_next=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
-            alternative_next_probs=np.zeros((slots, budget, NUM_ALTERNATIVES), np.float32),
+            following=np.full((slots, budget, NUM_ALTERNATIVES, NUM_FOLLOWING), -1, np.int32),
+            following_probs=np.zeros((slots, budget, NUM_ALTERNATIVES, NUM_FOLLOWING), np.float32),
+            expanded=np.full((slots, budget, NUM_ALTERNATIVES), -1, np.int32),
             chain_len=np.zeros(slots, np.int32),
             done=np.zeros(slots, np.bool_),
             chain_only=np.zeros(slots, np.bool_),

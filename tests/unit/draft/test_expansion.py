@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_ouroboros.draft.expansion import MAX_EXPANDED, Expansion
+from vllm_ouroboros.draft.expansion import MAX_EXPANDED, MAX_PATHS, Expansion
 from vllm_ouroboros.trees.node_kinds import NUM_KINDS
 from vllm_ouroboros.trees.request_state import RequestState
 
@@ -31,18 +31,39 @@ def state_with_chain() -> RequestState:
 def chosen(state: RequestState, most: int, threshold: float, stops=()) -> list[tuple[int, int]]:
     found = Expansion.choose(state, np.array([0, 1]), most, threshold, np.array(stops, np.int32))
     assert not found.requests.any() and not found.slots.any()
+    assert (found.lengths == 1 + (state.following[0, found.places, found.ranks] >= 0).sum(1)).all()
     return [*zip(found.places.tolist(), found.ranks.tolist(), strict=True)]
 
 
-def test_the_likeliest_are_expanded_and_no_alternative_twice() -> None:
+def test_the_likeliest_are_expanded_level_by_level() -> None:
     state = state_with_chain()
     # 0.3, 0.1 at the root; 0.5 * (0.1, 0.05, 0.02); 0.5 * 0.8 * (0.06, ...)
     assert chosen(state, 3, 0.0) == [(0, 0), (0, 1), (1, 0)]
     assert chosen(state, 9, 0.04) == [(0, 0), (0, 1), (1, 0)]
     assert chosen(state, 0, 0.0) == []
     assert chosen(state, 3, 0.0, stops=[20, 22]) == [(0, 1), (1, 1), (2, 0)]
-    state.alternative_next[0, 0, 0] = 5
-    assert chosen(state, 2, 0.0) == [(0, 1), (1, 0)]
+    state.following[0, 0, 0, 0] = 5
+    state.following_probs[0, 0, 0, 0] = 0.3  # 0.09 in all
+    assert chosen(state, 3, 0.0) == [(0, 1), (0, 0), (1, 0)]
+    assert chosen(state, 3, 0.0, stops=[5]) == [(0, 1), (1, 0), (1, 1)]
+    state.following[0, 0, 0] = 5
+    state.following_probs[0, 0, 0] = 1.0
+    assert chosen(state, 2, 0.0) == [(0, 1), (1, 0)]  # that path is as long as may be
+
+
+def test_so_many_of_each_request_are_kept() -> None:
+    state = state_with_chain()
+    found = Expansion.choose(state, np.array([0, 1]), 3, 0.0, np.array([], np.int32))
+    assert found.first(2).places.tolist() == [0, 0] and found.first(0).rows == 0
+
+
+def test_no_more_alternatives_than_have_room_are_expanded() -> None:
+    state = state_with_chain()
+    state.expanded[0, 2, 2] = MAX_PATHS - 1 - 2
+    state.following[0, 2, 2, 0] = 9
+    state.following_probs[0, 2, 2, 0] = 0.1
+    assert len(chosen(state, 2, 0.0)) == 2
+    assert chosen(state, 3, 0.0) == [(2, 2)]
 
 
 def test_the_chain_before_an_alternative_must_be_in_the_kv_cache() -> None:
@@ -85,30 +106,36 @@ def test_a_round_asks_what_follows_alternatives(monkeypatch, seed) -> None:
         drafting.start(slot, length, 10, 80)
     rounds.run(proposer.runner, [], slots, np.arange(2), text, {}, np.zeros(2))
 
-    expanded = 0
+    levels: list[int] = []
     for row, slot in enumerate(slots.tolist()):
         told = text[row, : state.committed[slot]].tolist()
         chain = state.chain[slot, : state.chain_len[slot]].tolist()
         for place in range(len(chain)):
             probs = np.exp(head.model.logits([*told, *chain[:place]]))
             assert state.confidence[slot, place] == pytest.approx(probs.max() / probs.sum(), 1e-4)
-        for place, rank in np.argwhere(state.alternative_next[slot, : len(chain)] >= 0):
-            alternative = state.alternatives[slot, place, rank]
-            logits = head.model.logits([*told, *chain[:place], int(alternative)])
-            assert state.alternative_next[slot, place, rank] == np.argmax(logits)
+        for place, rank, level in np.argwhere(state.following[slot, : len(chain)] >= 0):
+            path = [int(state.alternatives[slot, place, rank])]
+            path += state.following[slot, place, rank, :level].tolist()
+            logits = head.model.logits([*told, *chain[:place], *path])
+            assert state.following[slot, place, rank, level] == np.argmax(logits)
             share = np.exp(logits.max()) / np.exp(logits).sum()
-            assert state.alternative_next_probs[slot, place, rank] == pytest.approx(share, 1e-4)
-            expanded += 1
-    assert expanded >= 2 * MAX_EXPANDED
+            assert state.following_probs[slot, place, rank, level] == pytest.approx(share, 1e-4)
+            levels.append(int(level))
+        used = state.expanded[slot, : len(chain)]
+        assert sorted(used[used >= 0]) == list(range((used >= 0).sum()))
+        assert ((used >= 0) == (state.following[slot, : len(chain), :, 0] >= 0)).all()
+    assert len(levels) >= 2 * MAX_EXPANDED and max(levels) > 0
 
     rates = np.ones((2, NUM_KINDS)) * 0.5
     trees, _ = drafting.grow(slots, np.arange(2), text, rates, 0.01)
-    deeper = 0
+    deepest = 0
     for slot, tree in zip(slots.tolist(), trees, strict=True):
         chain = state.chain[slot, : state.chain_len[slot]].tolist()
         for path in node_paths(tree):
             place = next((i for i, t in enumerate(path) if chain[i : i + 1] != [t]), len(path))
-            if len(path) == place + 2:
+            after = path[place + 1 :]
+            if after:
                 ranks = np.flatnonzero(state.alternatives[slot, place] == path[place])
-                deeper += len(ranks) and state.alternative_next[slot, place, ranks[0]] == path[-1]
-    assert deeper
+                found = state.following[slot, place, ranks, : len(after)] == after
+                deepest = max(deepest, len(after) * int(found.all(1).any()))
+    assert deepest > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,46 +10,71 @@ from hypothesis import strategies as st
 from vllm_ouroboros.draft.features import MAX_BYTES, TextFeatures
 
 
+def make(requests: int = 1, longest: int = 60, hidden: int = 2) -> TextFeatures:
+    return TextFeatures(requests, longest, hidden, torch.float32, "cpu")
+
+
+def add(features: TextFeatures, slot: int, first: int, rows: torch.Tensor) -> None:
+    features.add(np.array([slot]), np.array([first]), np.array([len(rows)]), rows)
+
+
+def before(features: TextFeatures, slot: int, first: int, end: int) -> list[float]:
+    places = np.arange(first, end)
+    return features.before(np.full(len(places), slot), places)[:, 0].tolist()
+
+
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_features_are_those_of_the_places_before(data) -> None:
-    features, known = TextFeatures(1, 2, 4), {}
-    place = read = data.draw(st.integers(0, 9))  # a cached prefix has no features
-    for step in range(data.draw(st.integers(1, 8))):
-        rows = torch.full((data.draw(st.integers(1, 5)), 2), float(step + 1))
-        features.add(0, place, rows)
-        known |= {place + i: step + 1 for i in range(len(rows))}
-        place += len(rows)
-        if data.draw(st.booleans()):  # the head reads what it may
-            end = data.draw(st.integers(read, place + 1))
-            found = features.before(0, read, end)
-            wanted = [float(known.get(p - 1, 0)) for p in range(read, end)]
-            if any(wanted):
-                assert found is not None and found[:, 0].tolist() == wanted
-            else:
-                assert found is None or not found.any()
-            read = end
-            features.trim(0, read)
-            assert features.waiting(0) == place - max(read - 1, min(known))
+    """Of two requests, in rings of 60 and of few places."""
+    features = make(2, data.draw(st.sampled_from((4, 60))))
+    known: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    place = np.array(data.draw(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+    read = place.copy()  # a cached prefix has no features
+    value = 0
+    for _ in range(data.draw(st.integers(1, 8))):
+        slots = np.array(data.draw(st.sampled_from(([0], [1], [0, 1], [1, 0]))))
+        counts = np.array([data.draw(st.integers(1, 7)) for _ in slots])
+        rows = value + 1 + torch.arange(counts.sum())[:, None].expand(-1, 2).float()
+        features.add(slots, place[slots], counts, rows)
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            for i in range(count):
+                value += 1
+                known[slot][int(place[slot]) + i] = value
+            for old in [
+                p for p in known[slot] if p < min(place[slot], place[slot] + count - features.most)
+            ]:
+                del known[slot][old]
+            place[slot] += count
+        slot = data.draw(st.integers(0, 1))
+        if slot in slots and data.draw(st.booleans()):  # the head reads what it may
+            end = data.draw(st.integers(int(read[slot]), int(place[slot]) + 1))
+            wanted = [float(known[slot].get(p - 1, 0)) for p in range(read[slot], end)]
+            assert before(features, slot, int(read[slot]), end) == wanted
+            read[slot] = end
+            features.trim(slot, end)
+            oldest = max(end - 1, min(known[slot]))
+            assert features.waiting(slot) == place[slot] - oldest
     features.forget(0)
-    assert features.before(0, 0, 99) is None
-    assert features.waiting(0) == 0
+    assert not any(before(features, 0, 0, 99)) and features.waiting(0) == 0
 
 
 def test_places_that_come_again_have_the_new_features() -> None:
     """After a preemption, and of a new request in a slot."""
-    features = TextFeatures(1, 1, 4)
-    features.add(0, 0, torch.ones(6, 1))
-    features.add(0, 4, torch.full((3, 1), 2.0))
-    assert features.before(0, 1, 8)[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2]
-    features.add(0, 20, torch.full((2, 1), 3.0))  # not where the others end
-    assert features.before(0, 19, 23)[:, 0].tolist() == [0, 0, 3, 3]
+    features = make()
+    add(features, 0, 0, torch.ones(6, 2))
+    add(features, 0, 4, torch.full((3, 2), 2.0))
+    assert before(features, 0, 1, 8) == [1, 1, 1, 1, 2, 2, 2]
+    add(features, 0, 20, torch.full((2, 2), 3.0))  # not where the others end
+    assert before(features, 0, 19, 23) == [0, 0, 3, 3]
+    add(features, 0, 0, torch.ones(1, 2))
+    assert before(features, 0, 0, 4) == [0, 1, 0, 0]
 
 
 def test_a_text_that_nobody_reads_keeps_its_last_features() -> None:
-    features = TextFeatures(2**10, 2**10, 4)
-    assert features.most == MAX_BYTES // (2**22)
+    features = TextFeatures(2**9, 2**20, 2**10, torch.float32, "cpu")
+    assert features.most == MAX_BYTES // 2**21
     for place in range(100):
-        features.add(0, place, torch.full((1, 1), float(place)))
-    assert features.waiting(0) == features.most + 1
-    assert features.before(0, 99, 101)[:, 0].tolist() == [98, 99]
+        add(features, 7, place, torch.full((1, 2**10), float(place)))
+    assert features.waiting(7) == features.most
+    assert before(features, 7, 99, 101) == [98, 99]

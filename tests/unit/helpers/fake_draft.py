@@ -63,9 +63,10 @@ class FakeDraft:
         query_start_loc,
         context_lens,
         tree,
+        paths=None,
     ):
         """Sequences that the rows see, in the place of hidden states."""
-        del clock
+        del clock, paths
         self.forwards += 1
         if tree is None or len(requests) > 1:  # a round of one request may need more
             assert len(tokens) <= self.max_rows
