@@ -17,7 +17,6 @@ from vllm_ouroboros.cli.loops import loops
 if TYPE_CHECKING:
     from vllm import LLM
 
-HELD_OUT = 15  # one text in so many is held out
 HASHED_TOKENS = 64
 MARK = "\ue000"  # stands for a turn's text in a rendered template
 FEWEST_ANSWER_TOKENS = 8
@@ -149,8 +148,14 @@ def _append(path: Path, prompts: Sequence[Sequence[int]], answers: Sequence[Sequ
             file.write(json.dumps({"prompt": list(prompt), "answer": list(answer)}) + "\n")
 
 
-def split(path: Path, max_tokens: int) -> tuple[Samples, Samples]:
-    """Training and held-out texts of a file of conversations; repeats and loops are left out."""
+def split(path: Path, max_tokens: int, share: int) -> tuple[Samples, Samples]:
+    """Training and held-out texts of a file of conversations; repeats and loops are left out.
+
+    Args:
+        path: the file.
+        max_tokens: longer texts are cut.
+        share: one conversation in so many is held out.
+    """
     kept: tuple[list[list[int]], list[list[int]]] = ([], [])
     lengths: tuple[list[int], list[int]] = ([], [])
     for prompt, answer in texts(path):
@@ -160,7 +165,7 @@ def split(path: Path, max_tokens: int) -> tuple[Samples, Samples]:
         if loops(answer):
             continue
         first = json.dumps(prompt[:HASHED_TOKENS]).encode()  # the same in later turns
-        held = int(hashlib.sha256(first).hexdigest(), 16) % HELD_OUT == 0
+        held = int(hashlib.sha256(first).hexdigest(), 16) % share == 0
         kept[held].append(row)
         lengths[held].append(len(prompt))
     if not kept[0] or not kept[1]:

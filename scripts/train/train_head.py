@@ -101,12 +101,15 @@ def features(
     target: Target,
     work: Work,
     max_tokens: Annotated[int, typer.Option(min=32, help="Longer texts are cut.")] = 512,
+    held_out: Annotated[
+        int, typer.Option(min=2, help="One conversation in so many is held out.")
+    ] = 15,
     threads: Threads = 2,
     device: Device = "cpu",
 ) -> None:
     """Splits the texts and writes the target's features of them."""
     torch.set_num_threads(threads)
-    parts = head_data.split(work / "conversations.jsonl", max_tokens)
+    parts = head_data.split(work / "conversations.jsonl", max_tokens, held_out)
     model = load_target(target, device)
     batch_tokens = max_tokens if device == "cpu" else 32 * max_tokens  # a CPU gains by no padding
     for name, samples in zip(("train", "held_out"), parts, strict=True):

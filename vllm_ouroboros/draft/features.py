@@ -36,7 +36,7 @@ class TextFeatures:
         # place p of a slot lies in row p % most of the slot's; behind all is a row of zeros
         self._kept = torch.zeros(requests * self.most + 1, hidden, dtype=dtype, device=device)
         self._first, self._end = np.zeros((2, requests), np.int64)  # places that have features
-        self._step = self._kept[:0]  # of the last step, for chunks that are longer than ``most``
+        self._step = self._kept[:0]  # of the last step, if a chunk was longer than ``most``
         self._step_offset = np.zeros(requests, np.int64)  # row of a slot's place 0 in these
 
     def forget(self, slot: int) -> None:
@@ -60,12 +60,12 @@ class TextFeatures:
         since = np.where(joined, np.maximum(self._first[slots], oldest), firsts)
         self._first[slots], self._end[slots] = since, ends
         starts = np.cumsum(counts) - counts
-        self._step, self._step_offset[slots] = rows, starts - firsts
+        self._step, self._step_offset[slots] = self._kept[:0], starts - firsts
         places = np.arange(len(rows)) + np.repeat(firsts - starts, counts)
         kept = np.flatnonzero(places >= np.repeat(ends, counts) - self.most)
         where = (np.repeat(slots, counts) * self.most + places % self.most)[kept]
         if len(kept) < len(rows):
-            rows = rows[torch.from_numpy(kept).to(rows.device)]
+            self._step, rows = rows, rows[torch.from_numpy(kept).to(rows.device)]
         self._kept[torch.from_numpy(where).to(rows.device)] = rows
 
     def before(self, slots: np.ndarray, places: np.ndarray) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_training_text_has_no_repeats_and_whole_conversations_are_held_out(tmp_p
         answer = [1, 2, 3, 4] * 20 if i == 3 else [*range(i, i + 20)]
         lines.append({"prompt": prompt, "answer": answer})
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
-    training, held_out = head_data.split(path, max_tokens=82)
+    training, held_out = head_data.split(path, max_tokens=82, share=15)
     assert len(training) + len(held_out) == 299
     assert max(training.lengths) == 82
     first = {int(one[30]) for one in (training[i] for i in range(len(training)))}
