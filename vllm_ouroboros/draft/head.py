@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,6 +158,9 @@ class DraftHead(DraftModel):
             self.model.model.embed_tokens = _plain(inner.model.embed_tokens)
         if not getattr(self.model, "has_own_lm_head", False):
             self.model.lm_head = _plain(inner.lm_head)
+        # what was replaced goes now: on the CPU vLLM's handler of a matrix product may not be
+        # finalised while a model is compiled
+        gc.collect()
         self.short = getattr(self.model, "short", None)
         if self.short is not None:
             self.short_ids = self.short.ids.numpy(force=True)
