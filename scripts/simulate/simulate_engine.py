@@ -14,6 +14,7 @@ from simulate_trace import Text, Trace
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.integration.proposer import OuroborosProposer
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.policy.controller import Policy
@@ -46,31 +47,16 @@ class ReplayedDraft:
         self.vocab, self.costs, self.watch = vocab, costs, watch
         self.live: list[Text] = []  # by row of the batch
 
-    def forward(
-        self,
-        clock,
-        runner,
-        slots,
-        requests,
-        tokens,
-        positions,
-        writes,
-        query_start_loc,
-        contexts,
-        tree,
-        paths=None,
-    ) -> list[tuple[Text, int]]:
+    def forward(self, clock, runner, rows: ForwardRows, tree) -> list[tuple[Text, int]]:
         """Text and place of each row, in the place of hidden states."""
-        del clock, runner, slots, writes, contexts, tree, paths
-        self.watch.seconds += self.costs.round(len(tokens))
-        rows: list[tuple[Text, int]] = []
-        for row, first, last in zip(
-            requests.tolist(), query_start_loc[:-1].tolist(), query_start_loc[1:].tolist(),
-            strict=False,
-        ):  # fmt: skip
-            text = self.live[row]
-            rows += [(text, min(p, len(text.first) - 1)) for p in positions[first:last].tolist()]
-        return rows
+        del clock, runner, tree
+        self.watch.seconds += self.costs.round(len(rows.tokens))
+        read: list[tuple[Text, int]] = []
+        starts = rows.query_start_loc.tolist()
+        for request, first, last in zip(rows.requests.tolist(), starts, starts[1:], strict=False):
+            text, positions = self.live[request], rows.positions[first:last].tolist()
+            read += [(text, min(p, len(text.first) - 1)) for p in positions]
+        return read
 
     def cannot_wait(self, slot: int) -> bool:
         """No request must read its text before it is drafted for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_ouroboros.kernels import reference
@@ -144,3 +145,10 @@ def bush(size: int, seed: int = 0) -> list[int]:
     """A random tree."""
     generator = torch.Generator().manual_seed(seed)
     return [-1, *(int(torch.randint(i, (), generator=generator)) for i in range(1, size))][:size]
+
+
+def random_trees(sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row parents int32 [T] and query_start_loc int32 [R + 1] of random trees."""
+    rng = np.random.default_rng(seed)
+    parents = [[-1] + [int(rng.integers(0, i)) for i in range(1, n)] for n in sizes]
+    return np.concatenate(parents).astype(np.int32), np.cumsum([0, *sizes]).astype(np.int32)

@@ -16,9 +16,8 @@ from vllm.platforms import current_platform
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 
 SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
-MAX_GRAPH_ROWS = SIZES[-1]
 """Rows of the graphs."""
-
+MAX_GRAPH_ROWS = SIZES[-1]
 
 Outputs = tuple[torch.Tensor, ...]
 Forward = Callable[..., Outputs]

@@ -14,15 +14,19 @@ import torch
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.expansion import MAX_PATHS
 from vllm_ouroboros.draft.features import TextFeatures
+from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_ouroboros.draft.cuda_graphs import Outputs
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
+    from vllm_ouroboros.metrics.step_clock import StepClock
     from vllm_ouroboros.trees.request_state import RequestState
+    from vllm_ouroboros.verify.tree_step import TreeStep
 
 EAGLE = "EagleLlamaForCausalLM"
 
@@ -60,29 +64,24 @@ def _plain(layer: torch.nn.Module) -> torch.nn.Module:
     return getattr(layer, "base_layer", layer)
 
 
-class _Rows(NamedTuple):
-    """The rows of a forward, T of them."""
+class _Places(NamedTuple):
+    """Where the rows of a forward stand, T of them."""
 
     slots: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [T]
-    places: np.ndarray  # int64 [T], in the chain, negative in the text; nonsense before its end
+    chain: np.ndarray  # int64 [T], place in the chain, negative in the text; nonsense in a prompt
     paths: np.ndarray  # int64 [T], number of the path that a row belongs to, or -1
     levels: np.ndarray  # int64 [T], of the row in that path, or -1
 
     @classmethod
-    def of(
-        cls,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        starts: np.ndarray,
-        paths: np.ndarray | None,
-        state: RequestState,
-    ) -> _Rows:
-        counts = np.diff(starts)
-        owner = np.repeat(slots, counts)
-        path = np.repeat(np.full(len(slots), -1) if paths is None else paths, counts)
-        level = np.where(path < 0, -1, np.arange(len(owner)) - np.repeat(starts[:-1], counts))
-        return cls(owner, positions, positions - state.committed[owner], path, level)
+    def of(cls, rows: ForwardRows, state: RequestState) -> _Places:
+        counts, positions = np.diff(rows.query_start_loc), rows.positions
+        slots = np.repeat(rows.slots, counts)
+        paths = np.full(len(rows.slots), -1) if rows.paths is None else rows.paths
+        paths = np.repeat(paths, counts)
+        within = np.arange(len(slots)) - np.repeat(rows.query_start_loc[:-1], counts)
+        levels = np.where(paths < 0, -1, within)
+        return cls(slots, positions, positions - state.committed[slots], paths, levels)
 
 
 def _take(found: torch.Tensor, rows: np.ndarray, kept: torch.Tensor, *at: np.ndarray) -> None:
@@ -165,42 +164,37 @@ class DraftHead(DraftModel):
         if self.short is not None:
             self.short_ids = self.short.ids.numpy(force=True)
 
-    def _inputs(self, rows: _Rows, text_alone: bool) -> torch.Tensor:
+    def _inputs(self, at: _Places, text_alone: bool) -> torch.Tensor:
         """Features [T, hidden] of the place before each row; ``text_alone``: all are of text."""
-        found = self.features.before(rows.slots, rows.positions)
+        found = self.features.before(at.slots, at.positions)
         if not text_alone:
-            chain, path = (rows.places >= 0) & (rows.levels <= 0), rows.levels > 0
-            _take(found, chain, self._predicted, rows.slots[chain], rows.places[chain])
+            chain, path = (at.chain >= 0) & (at.levels <= 0), at.levels > 0
+            _take(found, chain, self._predicted, at.slots[chain], at.chain[chain])
             if path.any():
-                at = rows.slots[path], rows.paths[path], rows.levels[path] - 1
-                _take(found, path, self._of_paths, *at)
+                where = at.slots[path], at.paths[path], at.levels[path] - 1
+                _take(found, path, self._of_paths, *where)
         return found
 
-    def _keep(self, rows: _Rows, predicted: torch.Tensor) -> None:
+    def _keep(self, at: _Places, predicted: torch.Tensor) -> None:
         """Keep the features that rows predict from the last committed token on."""
-        place = rows.places + 1
-        chain = (rows.levels < 0) & (place >= 0) & (place < self._predicted.shape[1])
-        _put(self._predicted, predicted, chain, rows.slots[chain], place[chain])
-        path = (rows.levels >= 0) & (rows.levels < NUM_FOLLOWING - 1)
+        place = at.chain + 1
+        chain = (at.levels < 0) & (place >= 0) & (place < self._predicted.shape[1])
+        _put(self._predicted, predicted, chain, at.slots[chain], place[chain])
+        path = (at.levels >= 0) & (at.levels < NUM_FOLLOWING - 1)
         if path.any():
-            at = rows.slots[path], rows.paths[path], rows.levels[path]
-            _put(self._of_paths, predicted, path, *at)
+            where = at.slots[path], at.paths[path], at.levels[path]
+            _put(self._of_paths, predicted, path, *where)
 
     def forward(
-        self, clock, runner, slots, requests, tokens, positions, writes, query_start_loc,
-        context_lens, tree, paths=None,
-    ) -> torch.Tensor:  # fmt: skip
-        """See `DraftModel.forward`."""
+        self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
+    ) -> torch.Tensor:
+        """See `DraftModel.forward`; also keeps the features that the rows predict."""
         assert self.state is not None
-        starts = query_start_loc[: len(slots) + 1]
-        rows = _Rows.of(slots, positions, starts, paths, self.state)
-        features = self._inputs(rows, tree is None)
-        hidden, predicted = self._outputs(
-            clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens,
-            tree, features,
-        )  # fmt: skip
+        at = _Places.of(rows, self.state)
+        features = self._inputs(at, tree is None)
+        hidden, predicted = self._outputs(clock, runner, rows, tree, features)
         if tree is not None:
-            self._keep(rows, predicted)
+            self._keep(at, predicted)
         return hidden
 
     def _run_model(

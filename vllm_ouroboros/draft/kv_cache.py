@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.trees.drafting import Drafting
 
@@ -33,7 +34,7 @@ class DraftCache:
         draft: the loaded draft model.
         drafting: knows for each slot how many tokens have draft KV.
         max_rows: rows that one forward may have.
-        forward: runs the draft model, see `DraftModel.forward`, from ``runner`` on.
+        forward: runs the draft model on (runner, rows, tree), see `DraftModel.forward`.
     """
 
     def __init__(
@@ -104,8 +105,7 @@ class DraftCache:
         for chunk in filter(None, chunks):
             positions = np.concatenate([np.arange(s, e) for _, _, s, e in chunk])
             lengths = [end - start for _, _, start, end in chunk]
-            self._forward(
-                runner,
+            rows = ForwardRows(
                 np.array([slot for slot, _, _, _ in chunk], np.int64),
                 np.array([row for _, row, _, _ in chunk], np.int64),
                 np.concatenate([token_ids[row, s:e] for _, row, s, e in chunk]),
@@ -113,7 +113,7 @@ class DraftCache:
                 positions,
                 np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
                 np.array([s for _, _, s, _ in chunk], np.int32),
-                None,
             )
+            self._forward(runner, rows, None)
             for slot, _, _, end in chunk:
                 cached[slot] = end

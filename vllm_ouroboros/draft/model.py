@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
 
@@ -134,73 +135,43 @@ class DraftModel:
         self.block_size = table.block_size
 
     def forward(
-        self,
-        clock: StepClock,
-        runner: GPUModelRunner,
-        slots: np.ndarray,
-        requests: np.ndarray,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        writes: np.ndarray,
-        query_start_loc: np.ndarray,
-        context_lens: np.ndarray,
-        tree: TreeStep | None,
-        paths: np.ndarray | None = None,
+        self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
     ) -> torch.Tensor:
-        """Hidden states [T, hidden] of T rows of R requests.
-
-        A head also keeps the features that they predict.
+        """Hidden states [T, hidden] of T rows.
 
         Args:
             clock: keeps the model's time apart from the preparation's.
             runner: holds the block tables.
-            slots: int64 [R], the requests' slots in the state of drafting.
-            requests: int64 [R], their rows in the runner's batch.
-            tokens: int32 [T].
-            positions: int64 [T].
-            writes: int64 [T], position whose KV slot a row fills, or -1.
-            query_start_loc: int32 [R + 1].
-            context_lens: int32 [R].
+            rows: of some requests.
             tree: attention mask of all rows, or None for plain causal rows.
-            paths: int64 [R], number of the path that a request's rows are, see `Expansion`; -1 for
-                text and chain.
         """
-        del slots, paths
-        return self._outputs(
-            clock, runner, requests, tokens, positions, writes, query_start_loc, context_lens, tree
-        )[0]
+        return self._outputs(clock, runner, rows, tree)[0]
 
     def _outputs(
         self,
         clock: StepClock,
         runner: GPUModelRunner,
-        requests: np.ndarray,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        writes: np.ndarray,
-        query_start_loc: np.ndarray,
-        context_lens: np.ndarray,
+        rows: ForwardRows,
         tree: TreeStep | None,
         *more: torch.Tensor,
     ) -> Outputs:
         """What the model computes of T rows; ``more`` is what it reads beside their tokens."""
         table = runner.input_batch.block_table[self.kv_cache_gid]
-        kv_slots = np.empty(len(tokens), np.int64)
+        kv_slots = np.empty(len(rows.tokens), np.int64)
         slot_mapping(
-            writes, query_start_loc, requests, table.block_table.np, self.block_size, kv_slots
-        )
+            rows.writes, rows.query_start_loc, rows.requests, table.block_table.np,
+            self.block_size, kv_slots,
+        )  # fmt: skip
         device = runner.device
         ids, places, slots_tensor = (
-            torch.from_numpy(array).to(device) for array in (tokens, positions, kv_slots)
+            torch.from_numpy(array).to(device) for array in (rows.tokens, rows.positions, kv_slots)
         )
         inputs = ids, places, slots_tensor, *more
         if tree is None:
-            metadata = self._causal(
-                runner, requests, places, query_start_loc, context_lens, slots_tensor
-            )
+            metadata = self._causal(runner, rows, places, slots_tensor)
             with clock.model("draft"):
                 return self._run(metadata, *inputs)
-        tree.block_table = table.block_table.gpu[torch.from_numpy(requests).to(device)]
+        tree.block_table = table.block_table.gpu[torch.from_numpy(rows.requests).to(device)]
         with clock.model("draft"):
             if self.graphs is not None and self.graphs.fits(tree):  # type: ignore[arg-type]
                 return self.graphs.replay(tree, *inputs)  # type: ignore[arg-type]
@@ -245,17 +216,16 @@ class DraftModel:
     def _causal(
         self,
         runner: GPUModelRunner,
-        requests: np.ndarray,
+        rows: ForwardRows,
         positions: torch.Tensor,
-        query_start_loc: np.ndarray,
-        context_lens: np.ndarray,
         slots: torch.Tensor,
     ) -> dict[str, Any]:
         """vLLM's own metadata for plain causal rows, by layer."""
         table = runner.input_batch.block_table[self.kv_cache_gid]
-        lengths = np.diff(query_start_loc)
-        seq_lens = torch.from_numpy((context_lens + lengths).astype(np.int32))
-        start_loc = torch.from_numpy(query_start_loc)
+        lengths = np.diff(rows.query_start_loc)
+        seq_lens = torch.from_numpy((rows.context_lens + lengths).astype(np.int32))
+        start_loc = torch.from_numpy(rows.query_start_loc)
+        requests = torch.from_numpy(rows.requests).to(runner.device)
         common = CommonAttentionMetadata(
             query_start_loc=start_loc.to(runner.device),
             query_start_loc_cpu=start_loc,
@@ -265,7 +235,7 @@ class DraftModel:
             num_actual_tokens=len(positions),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=table.block_table.gpu[torch.from_numpy(requests).to(runner.device)],
+            block_table_tensor=table.block_table.gpu[requests],
             slot_mapping=slots,
             causal=True,
             positions=positions,

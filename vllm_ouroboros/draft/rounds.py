@@ -9,6 +9,7 @@ import torch
 
 from vllm_ouroboros.draft.alternatives import record_alternatives, top_alternatives
 from vllm_ouroboros.draft.expansion import MAX_EXPANDED, Expansion
+from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.kv_cache import CatchUp, DraftCache
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.sampling import DraftSampling
@@ -24,6 +25,8 @@ from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_ouroboros.verify.tree_step import TreeStep
 
 MAX_CATCH_UP = 16
 """Uncached tokens that a round may carry for a request; more are read ahead of the rounds."""
@@ -242,11 +245,13 @@ class DraftRounds:
         """Nodes that a round of some requests expands, in a batch of so many."""
         if self.policy is None or not self.draft.reads_features:
             return None
+        fewest = self._expected_rows(len(slots), self._width)
+        if not self.policy.affords_rows(batch, fewest + 1, fewest):
+            return None
         threshold, most = self.policy.acceptance_threshold(batch), MAX_EXPANDED
         expansion = Expansion.choose(
             self.drafting.state, slots, most, threshold, self.drafting.stops
         )
-        fewest = self._expected_rows(len(slots), self._width)
         while most and not self.policy.affords_rows(batch, fewest + expansion.rows, fewest):
             most //= 2
             expansion = expansion.first(most)
@@ -287,23 +292,23 @@ class DraftRounds:
             slots = np.concatenate([slots, expansion.slots])
             rows = np.concatenate([rows, rows[expansion.requests]])
             total += expansion.rows
+        starts, contexts = out.query_start_loc[: len(rows) + 1], out.context_lens[: len(rows)]
         with self.clock.phase("plan"):
             tree = runner.tree_step(
-                np.arange(total),
-                out.query_start_loc[: len(rows) + 1],
-                out.context_lens[: len(rows)],
-                step_mask(out.parents, out.query_start_loc[: len(rows) + 1]),
-                total,
+                np.arange(total), starts, contexts, step_mask(out.parents, starts), total,
                 save_kv=False,
-            )
-        hidden = self._forward(
-            runner, slots, rows, out.tokens[:total], out.positions[:total], out.writes[:total],
-            out.query_start_loc, out.context_lens, tree, paths,
+            )  # fmt: skip
+        of_forward = ForwardRows(
+            slots, rows, out.tokens[:total], out.positions[:total], out.writes[:total], starts,
+            contexts, paths,
         )  # fmt: skip
+        hidden = self._forward(runner, of_forward, tree)
         with self.clock.model("draft"):
             return self.draft.logits(hidden, asked, short=short)
 
-    def _forward(self, *args) -> torch.Tensor:
+    def _forward(
+        self, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
+    ) -> torch.Tensor:
         self.counters.draft_forwards += 1
         with self.clock.phase("draft_inputs"):
-            return self.draft.forward(self.clock, *args)
+            return self.draft.forward(self.clock, runner, rows, tree)

@@ -89,8 +89,9 @@ def test_texts_are_read_in_forwards_of_bounded_size() -> None:
     batch.cache.catch_up(batch.runner, behind, text, 2)
     assert batch.state.cached.tolist() == [14, 8, 2]
     seen: list[tuple[int, int]] = []
-    for _, slots, rows, tokens, positions, writes, starts, contexts, tree in batch.forwards:
-        assert tree is None
+    for _, forward, tree in batch.forwards:
+        slots, rows, tokens, positions, writes, starts, contexts, paths = forward
+        assert tree is None and paths is None
         assert slots.tolist() == rows.tolist()  # here they are the same
         assert len(tokens) <= 8
         assert positions is writes

@@ -51,22 +51,10 @@ class FakeDraft:
     def slot(self, blocks, position: int) -> int:
         return int(blocks[position // BLOCK]) * BLOCK + position % BLOCK
 
-    def forward(
-        self,
-        clock,
-        runner,
-        slots,
-        requests,
-        tokens,
-        positions,
-        writes,
-        query_start_loc,
-        context_lens,
-        tree,
-        paths=None,
-    ):
+    def forward(self, clock, runner, rows, tree):
         """Sequences that the rows see, in the place of hidden states."""
-        del clock, paths
+        del clock
+        _, requests, tokens, positions, writes, query_start_loc, context_lens, _ = rows
         self.forwards += 1
         if tree is None or len(requests) > 1:  # a round of one request may need more
             assert len(tokens) <= self.max_rows

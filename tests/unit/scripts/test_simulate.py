@@ -17,6 +17,7 @@ from simulate import DRAFT, FIXED, adaptive, compare_settings  # noqa: E402
 from simulate_engine import ReplayedDraft, SimulatedEngine, Watch  # noqa: E402
 from simulate_trace import FIRST, Text, Trace  # noqa: E402
 
+from vllm_ouroboros.draft.forward_rows import ForwardRows  # noqa: E402
 from vllm_ouroboros.policy.forward_costs import Costs  # noqa: E402
 
 DATA = ROOT / "tests" / "data"  # the shipped pair and prompts, by scripts/simulate/record_trace.py
@@ -101,9 +102,9 @@ def test_logits_give_the_recorded_probabilities(traces) -> None:
     draft.live = trace.texts[:2]
     tokens, positions = np.zeros(3, np.int32), np.array([5, 6, 40])
     starts = np.array([0, 2, 3], np.int32)
-    hidden = draft.forward(
-        None, None, None, np.array([0, 1]), tokens, positions, positions, starts, None, None
-    )
+    slots = contexts = np.zeros(2, np.int64)
+    rows = ForwardRows(slots, np.array([0, 1]), tokens, positions, positions, starts, contexts)
+    hidden = draft.forward(None, None, rows, None)
     assert watch.seconds == pytest.approx(costs().round(3))
     said = draft.logits(hidden, np.array([1, 2])).softmax(-1)
     for row, (text, place) in zip(said, [(trace.texts[0], 6), (trace.texts[1], 40)], strict=True):
