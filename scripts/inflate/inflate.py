@@ -189,6 +189,7 @@ def write(directory: Path, inflation: Inflation, shard_bytes: int) -> None:
                 bar.update(tensors[name].nbytes)
             save_file(tensors, directory / file, metadata={"format": "pt"})
             (directory / file).chmod(0o644)  # safetensors writes files for their owner only
+            (directory / file).chmod(0o644)  # safetensors writes files for their owner only
     if len(shards) > 1:
         places = {name: file for file, shapes in shards.items() for name in shapes}
         index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -59,7 +59,9 @@ def inflate_head(source: Path, old: Dims, new: Dims, dtype: torch.dtype, out: Pa
     result["d2t"] = ids
     out.mkdir(parents=True)
     contiguous = {name: value.contiguous() for name, value in result.items()}
-    save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(contiguous, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes files for their owner only
     facts = config | widths | {
         "hidden_size": new.hidden_size,
         "num_attention_heads": new.num_attention_heads,

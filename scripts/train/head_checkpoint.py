@@ -56,7 +56,9 @@ def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(contiguous, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes files for their owner only
 
 
 def load_head(head: Head, path: Path) -> None:

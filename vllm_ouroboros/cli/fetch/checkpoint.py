@@ -40,7 +40,9 @@ def convert(gguf: Path, folder: Path) -> None:
     if fields.get("general.architecture") != "llama":
         raise InputError(f"{gguf.name}: is not a Llama model in GGUF")
     tensors = weights(reader.tensors, fields)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes files for their owner only
     config = configuration(fields, tied="lm_head.weight" not in tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
