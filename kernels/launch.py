@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 STEP_KEYS = 32  # step keys in a tile: one word of the mask
 MAX_SPLITS = 32
+
+
+class GPU(NamedTuple):
+    """What a launch depends on of a device; an H100 where there is none."""
+
+    name: str = ""
+    num_sms: int = 132  # multiprocessors
+    shared_memory: int = 227 * 1024  # bytes that a program can have
 
 
 class LaunchConfig(NamedTuple):
@@ -30,7 +39,7 @@ def launch_config(
     max_query_len: int,
     max_context_len: int,
     itemsize: int = 2,
-    num_sms: int = 132,
+    gpu: GPU = GPU(),  # noqa: B008 -- a constant
 ) -> LaunchConfig:
     """A sane configuration, from static sizes alone.
 
@@ -43,7 +52,7 @@ def launch_config(
         max_query_len: most rows that a request has.
         max_context_len: most committed tokens that a request has.
         itemsize: bytes of a query's element.
-        num_sms: multiprocessors of the GPU.
+        gpu: that runs it.
     """
     most_m, block_n = 128, 64
     if head_dim > 128 or itemsize > 2:  # so that a tile stays in registers
@@ -52,24 +61,37 @@ def launch_config(
     block_m = max(min(block_m, most_m), 16, power_of_two(group))
     if block_size % 32 == 0 and block_size % block_n:
         block_n = 32
+    num_stages = 2
+    while _shared(block_m, block_n, num_stages, head_dim, itemsize) > gpu.shared_memory:
+        if num_stages > 1:
+            num_stages -= 1
+        elif block_n > 16:
+            block_n //= 2
+        elif block_m > max(16, power_of_two(group)):
+            block_m //= 2
+        else:
+            break
     programs = -(-num_rows // (block_m // group)) * num_kv_heads
     tiles = -(-max_context_len // block_n) + -(-max_query_len // STEP_KEYS)
     # two programs a multiprocessor, and no split of fewer than two tiles
-    splits = min(2 * num_sms // max(programs, 1), tiles // 2, MAX_SPLITS)
+    splits = min(2 * gpu.num_sms // max(programs, 1), tiles // 2, MAX_SPLITS)
     splits = 1 << max(splits.bit_length() - 1, 0)
-    return LaunchConfig(block_m, block_n, splits, 8 if block_m > 64 or block_n < 64 else 4)
+    num_warps = 8 if block_m > 64 or block_n < 64 else 4
+    return LaunchConfig(block_m, block_n, splits, num_warps, num_stages)
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device (no synchronisation); an H100's where there is none."""
+def _shared(block_m: int, block_n: int, num_stages: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of shared memory that a program takes at most: its queries, and tiles of K and V."""
+    return (block_m + 2 * num_stages * block_n) * power_of_two(head_dim) * itemsize
+
+
+@cache
+def gpu_of(device: torch.device) -> GPU:
+    """What is behind a device; asking does not synchronise."""
     if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def gpu_name(device: torch.device) -> str:
-    """Name of a CUDA device (no synchronisation); "" for other devices."""
-    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else ""
+        return GPU()
+    found = torch.cuda.get_device_properties(device)
+    return GPU(found.name, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def power_of_two(size: int) -> int:

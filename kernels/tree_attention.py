@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from .launch import LaunchConfig, gpu_name, launch_config, num_multiprocessors, power_of_two
+from .launch import LaunchConfig, gpu_of, launch_config, power_of_two
 from .tree_attention_device import INTERPRETED, _attend, _merge
 from .tree_attention_layout import FP8, check_layout
 from .tree_depths import _count_depths
@@ -108,7 +108,7 @@ def tree_attention(
         context = block_table.shape[1] * block_size if max_context_len is None else max_context_len
         queries = num_rows if max_query_len is None else max_query_len
         shape = Shape(dim, group, q.itemsize, block_size, num_kv_heads, num_rows, queries, context)
-        config = best_config(gpu_name(q.device), shape, num_multiprocessors(q.device))
+        config = best_config(gpu_of(q.device), shape)
         if buffers is not None:  # no more splits than there is room for
             room = min(buffers[0].numel() // max(dim, 1), buffers[1].numel())
             room //= max(num_rows * num_heads, 1)

@@ -1,8 +1,7 @@
 """Launch configurations of tree attention that were measured on a GPU, and which one is nearest.
 
 The table is `tuned.json` beside this file; `scripts/gpu/tune_tree_attention.py` writes it. Shapes
-and
-GPUs that it does not have get `launch.launch_config`.
+and GPUs that it does not have get `launch.launch_config`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .launch import MAX_SPLITS, LaunchConfig, launch_config, power_of_two
+from .launch import GPU, MAX_SPLITS, LaunchConfig, launch_config, power_of_two
 
 TABLE = Path(__file__).with_name("tuned.json")
 FARTHEST = 1.0  # octaves between the entry's and the asked size, of the size that differs most
@@ -46,23 +45,17 @@ class Entry(NamedTuple):
     config: LaunchConfig
 
 
-def best_config(gpu: str, shape: Shape, num_sms: int) -> LaunchConfig:
-    """The nearest entry of the shipped table, else `launch_config`.
-
-    Args:
-        gpu: the GPU's name, ``torch.cuda.get_device_properties(device).name``; "" for none.
-        shape: of the launch.
-        num_sms: multiprocessors of the GPU.
-    """
-    return _nearest(gpu, shape) or default_config(shape, num_sms)
+def best_config(gpu: GPU, shape: Shape) -> LaunchConfig:
+    """The nearest entry of the shipped table, else `launch_config`."""
+    return _nearest(gpu.name, shape) or default_config(gpu, shape)
 
 
-def default_config(shape: Shape, num_sms: int) -> LaunchConfig:
+def default_config(gpu: GPU, shape: Shape) -> LaunchConfig:
     """`launch_config` of a shape."""
     return launch_config(
         num_rows=shape.rows, num_kv_heads=shape.kv_heads, group=shape.group,
         head_dim=shape.head_dim, block_size=shape.page, max_query_len=shape.queries,
-        max_context_len=shape.context, itemsize=shape.itemsize, num_sms=num_sms,
+        max_context_len=shape.context, itemsize=shape.itemsize, gpu=gpu,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from gpu_rivals import RIVALS, SAME_MASK, Missing, ours
 from gpu_timing import Timer
 
 from vllm_ouroboros.kernels import tuned
+from vllm_ouroboros.kernels.launch import gpu_of
 
 OURS, VLLM = "tree attention", "vllm triton, causal"
 SHARE, RATIO = 0.85, 1.15  # aims: of the copy's bandwidth; of vLLM's time
@@ -89,11 +90,11 @@ class Bench:
             return
         try:
             given = Inputs(cell)
-            shape, device = cell.shape(), torch.cuda.get_device_properties(0)
-            config = tuned.nearest(self.table, device.name, shape)
+            shape, gpu = cell.shape(), gpu_of(given.out.device)
+            config = tuned.nearest(self.table, gpu.name, shape)
             where = "launch_config" if config is None else "table"
             if config is None:
-                config = tuned.default_config(shape, device.multi_processor_count)
+                config = tuned.default_config(gpu, shape)
             call = ours(given, config)
             timing = self.timer(call.run)
         except Exception as error:

@@ -25,7 +25,7 @@ from gpu_inputs import DTYPES, TOLERANCE, Cell, Inputs
 from gpu_timing import Timer
 
 from vllm_ouroboros.kernels import reference, tuned
-from vllm_ouroboros.kernels.launch import LaunchConfig
+from vllm_ouroboros.kernels.launch import LaunchConfig, gpu_of
 from vllm_ouroboros.kernels.tree_attention import scratch, tree_attention
 
 CHOICES = {  # in the order of what they usually gain
@@ -105,8 +105,7 @@ class Tuner:
     def search(self) -> LaunchConfig:
         """Best configuration found before the time is up."""
         shape = self.cell.shape()
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
-        best = tuned.default_config(shape, sms)
+        best = tuned.default_config(gpu_of(self.inputs.out.device), shape)
         self.default_us = self.time(best)
         improved = True
         while improved:

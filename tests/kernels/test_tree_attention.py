@@ -12,6 +12,7 @@ from attention_cases import FP8, Case, bush, chain, tree_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_ouroboros.kernels.launch import GPU
 from vllm_ouroboros.kernels.tree_attention import (
     LaunchConfig,
     launch_config,
@@ -279,6 +280,19 @@ def test_short_contexts_are_not_split() -> None:
         max_context_len=100,
     )  # fmt: skip
     assert config.num_splits == 1
+
+
+@pytest.mark.parametrize("kib", [227, 163, 99, 48])
+@pytest.mark.parametrize("head_dim, itemsize", [(64, 2), (128, 2), (256, 2), (256, 4)])
+def test_a_program_fits_the_shared_memory(kib, head_dim, itemsize) -> None:
+    config = launch_config(
+        num_rows=64, num_kv_heads=8, group=4, head_dim=head_dim, block_size=16, max_query_len=64,
+        max_context_len=4096, itemsize=itemsize, gpu=GPU("", 100, kib * 1024),
+    )  # fmt: skip
+    tiles = config.block_m + 2 * config.num_stages * config.block_n
+    assert tiles * head_dim * itemsize <= kib * 1024
+    assert config.block_m >= 16
+    assert config.block_n >= 16
 
 
 def test_the_oracles_do_without_triton() -> None:

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 
 from vllm_ouroboros.kernels import tuned
-from vllm_ouroboros.kernels.launch import LaunchConfig
+from vllm_ouroboros.kernels.launch import GPU, LaunchConfig
 from vllm_ouroboros.kernels.tuned import Shape
 
 SHAPE = Shape(
@@ -30,7 +30,7 @@ def test_the_shipped_table_is_well_formed() -> None:
 
 
 def test_no_gpu_has_no_entry() -> None:
-    assert tuned.best_config("", SHAPE, 132) == tuned.default_config(SHAPE, 132)
+    assert tuned.best_config(GPU(), SHAPE) == tuned.default_config(GPU(), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_launch_takes_the_table(monkeypatch) -> None:
     entry = tuned.Entry("test*", SHAPE, CONFIG)
     monkeypatch.setattr(tuned, "read", lambda path: (entry,))
     tuned._nearest.cache_clear()
-    assert tuned.best_config("test GPU", SHAPE, 132) == CONFIG
-    assert tuned.best_config("other GPU", SHAPE, 132) == tuned.default_config(SHAPE, 132)
+    assert tuned.best_config(GPU("test GPU"), SHAPE) == CONFIG
+    assert tuned.best_config(GPU("other GPU"), SHAPE) == tuned.default_config(GPU(), SHAPE)
     tuned._nearest.cache_clear()
 
 
