@@ -116,6 +116,8 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
          parallel.decode_context_parallel_size, "1"),
         (parallel.prefill_context_parallel_size > 1, "prefill_context_parallel_size",
          parallel.prefill_context_parallel_size, "1"),
+        (parallel.data_parallel_size > 1 and model.is_moe,
+         "data_parallel_size (with a mixture of experts)", parallel.data_parallel_size, "1"),
         (parallel.enable_dbo, "enable_dbo", True, "false"),
         (parallel.worker_cls not in ("auto", worker()), "worker_cls", parallel.worker_cls, "auto"),
         (vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER), "scheduler_cls",
@@ -151,7 +153,8 @@ def check_speculative(speculative: SpeculativeConfig) -> list[str]:
     problems = []
     for field in dataclasses.fields(speculative):
         value = getattr(speculative, field.name)
-        if field.name not in _SPECULATIVE and value not in (None, field.default):
+        default = getattr(field.default, "default", field.default)  # a pydantic field holds it
+        if field.name not in _SPECULATIVE and value not in (None, default):
             problems.append(
                 f"speculative_config.{field.name} = {value!r} has no effect with Ouroboros: "
                 "leave it out"
@@ -167,6 +170,8 @@ def check_model(key: str, model: ModelConfig) -> list[str]:
         (model.is_encoder_decoder, "an encoder-decoder architecture"),
         (model.runner_type == "pooling", "a pooling head"),
         (model.uses_mrope, "M-RoPE positions"),
+        (model.attention_chunk_size is not None, "chunked local attention"),
+        (model.rswa_window is not None, "a sliding window that keeps the prompt visible (R-SWA)"),
     )
     return [
         f"{key} = {model.model!r} has {what}, which Ouroboros cannot speculate on: "

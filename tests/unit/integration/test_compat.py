@@ -87,10 +87,17 @@ def model(**changes) -> SimpleNamespace:
         "model": "target", "use_mla": False, "is_hybrid": False, "is_attention_free": False,
         "is_encoder_decoder": False, "runner_type": "generate", "uses_mrope": False,
         "tokenizer": "target", "dtype": "auto", "trust_remote_code": False,
-        "enable_prompt_embeds": False,
+        "enable_prompt_embeds": False, "attention_chunk_size": None, "rswa_window": None,
+        "is_moe": False,
         "get_vocab_size": lambda: 4096,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})
+
+
+class PydanticField:
+    """Stands where the default should, and holds it."""
+
+    default = 4
 
 
 @dataclasses.dataclass
@@ -105,6 +112,11 @@ class Speculative:
     max_model_len: int | None = None
     parallel_drafting: bool = False
     rejection_sample_method: str = "standard"
+    fly_entropy_window: int = PydanticField()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fly_entropy_window, PydanticField):
+            self.fly_entropy_window = self.fly_entropy_window.default
 
 
 def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> SimpleNamespace:
@@ -117,7 +129,8 @@ def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> Sim
             **{
                 "pipeline_parallel_size": 1, "tensor_parallel_size": 1,
                 "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
-                "enable_dbo": False, "worker_cls": "auto", **dict(parallel),
+                "data_parallel_size": 1, "enable_dbo": False, "worker_cls": "auto",
+                **dict(parallel),
             }
         ),
         "cache_config": SimpleNamespace(
@@ -143,11 +156,13 @@ def _no_filter(monkeypatch, request) -> None:
         engine(),
         engine(cache={"cache_dtype": "bfloat16"}, model_config=model(dtype=torch.bfloat16)),
         engine(lora_config=object()),
+        engine(parallel={"data_parallel_size": 2}),
+        engine(model_config=model(is_moe=True)),
         engine(
             parallel={"worker_cls": compat.worker()}, scheduler={"scheduler_cls": compat.SCHEDULER}
         ),
     ],
-    ids=["plain", "dtype", "adapters", "ours already"],
+    ids=["plain", "dtype", "adapters", "replicas", "experts", "ours already"],
 )
 def test_a_plain_engine_passes(config) -> None:
     assert compat.check_engine(config) == []
@@ -162,6 +177,11 @@ def test_a_plain_engine_passes(config) -> None:
         (
             engine(parallel={"prefill_context_parallel_size": 2}),
             "prefill_context_parallel_size",
+            "2",
+        ),
+        (
+            engine(parallel={"data_parallel_size": 2}, model_config=model(is_moe=True)),
+            "data_parallel_size (with a mixture of experts)",
             "2",
         ),
         (engine(parallel={"enable_dbo": True}), "enable_dbo", "True"),
@@ -193,6 +213,7 @@ def test_one_clear_line_each(config, key, value) -> None:
         ("max_model_len", 128),
         ("parallel_drafting", True),
         ("rejection_sample_method", "block"),
+        ("fly_entropy_window", 8),
     ],
 )
 def test_options_of_vllms_own_speculation(name, value) -> None:
@@ -212,6 +233,8 @@ def test_options_of_vllms_own_speculation(name, value) -> None:
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"runner_type": "pooling"}, "pooling"),
         ({"uses_mrope": True}, "M-RoPE"),
+        ({"attention_chunk_size": 8192}, "chunked local attention"),
+        ({"rswa_window": 4096}, "keeps the prompt visible"),
     ],
 )
 def test_architectures_that_cannot_be_verified(changes, what) -> None:
