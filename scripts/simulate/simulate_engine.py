@@ -47,16 +47,16 @@ class ReplayedDraft:
         self.vocab, self.costs, self.watch = vocab, costs, watch
         self.live: list[Text] = []  # by row of the batch
 
-    def forward(self, clock, runner, rows: ForwardRows, tree) -> list[tuple[Text, int]]:
-        """Text and place of each row, in the place of hidden states."""
-        del clock, runner, tree
+    def forward(self, clock, runner, rows: ForwardRows, mask) -> list[tuple[Text, int]]:
+        """Text and place of each row asked for, in the place of hidden states."""
+        del clock, runner, mask
         self.watch.seconds += self.costs.round(len(rows.tokens))
         read: list[tuple[Text, int]] = []
         starts = rows.query_start_loc.tolist()
         for request, first, last in zip(rows.requests.tolist(), starts, starts[1:], strict=False):
             text, positions = self.live[request], rows.positions[first:last].tolist()
             read += [(text, min(p, len(text.first) - 1)) for p in positions]
-        return read
+        return [read[row] for row in rows.asked.tolist()]
 
     def cannot_wait(self, slot: int) -> bool:
         """No request must read its text before it is drafted for."""
@@ -65,12 +65,11 @@ class ReplayedDraft:
     def has_read(self, slot: int, tokens: int) -> None:
         """Nothing waits to be read."""
 
-    def logits(self, hidden: list[tuple[Text, int]], rows, *, short: bool = False) -> torch.Tensor:
+    def logits(self, hidden: list[tuple[Text, int]], *, short: bool = False) -> torch.Tensor:
         """Logits [M, vocab] that give the recorded probabilities."""
         assert not short
-        said = [hidden[row] for row in rows.tolist()]
-        first = np.array([text.first[place] for text, place in said])
-        odds = np.array([text.odds[place] for text, place in said])
+        first = np.array([text.first[place] for text, place in hidden])
+        odds = np.array([text.odds[place] for text, place in hidden])
         rest = np.maximum(1 - odds.sum(1, keepdims=True), 1e-4) / self.vocab
         probabilities = np.repeat(rest, self.vocab, 1)
         np.put_along_axis(probabilities, first, np.maximum(odds, 1e-4), 1)
@@ -144,8 +143,6 @@ class SimulatedEngine:
         self.proposer = OuroborosProposer(config, draft=stand_in, clock=clock)
         self.runner: Any = SimpleNamespace(
             device=torch.device("cpu"),
-            tree_step=lambda *_, **__: None,
-            graph_tree_nodes=lambda _: 0,
         )
         nothing: Any = SimpleNamespace(processors=SimpleNamespace(all=[]))
         self.proposer.bind(self.runner, nothing)

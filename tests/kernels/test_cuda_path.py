@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import random_trees
+from cuda_steps import step_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.integration import compat, cuda_worker
 from vllm_ouroboros.kernels.reference import tree_attention
-from vllm_ouroboros.trees.draft_tree import DraftTree, NodeSource, step_mask
+from vllm_ouroboros.trees.draft_tree import DraftTree, step_mask
 from vllm_ouroboros.verify.acceptance import _plain_path, greedy
 from vllm_ouroboros.verify.cuda import attention as cuda_attention
 from vllm_ouroboros.verify.cuda.acceptance import walk_on_device
-from vllm_ouroboros.verify.cuda.attention import TreeRows, layer_tables
-from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps, to_device
+from vllm_ouroboros.verify.cuda.attention import MaskedFirst, TreeRows, layer_tables
+from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 HEADS, KV_HEADS, DIM, PAGE, BLOCKS = 4, 2, 16, 16, 8
 SLOW = settings(
@@ -62,51 +62,48 @@ def cache(kind=torch.float32, heads_first=False) -> torch.Tensor:
 
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("window, cap", [(None, 0.0), (6, 0.0), (None, 5.0)])
-@pytest.mark.parametrize("prefill", [0, 5])
+@pytest.mark.parametrize("behind", [0, 5])
 @pytest.mark.parametrize("kind", ["auto", "fp8"])
 def test_tree_rows_attend_as_the_oracle_says(
-    kind, prefill, window, cap, heads_first, device
+    kind, behind, window, cap, heads_first, device
 ) -> None:
-    """Beside a prompt (whose rows are vLLM's) or alone, and in front of a graph's padding."""
+    """In front of a prompt (whose rows are vLLM's) or alone, and in front of a graph's padding."""
     torch.manual_seed(0)
     quantised = kind == "fp8"
     parents, starts = random_trees([4, 7, 1], 1)
     contexts = np.array([20, 3, 0], np.int32)
     total, padding = int(starts[-1]), 3
+    own = slice(total)
     impl = Impl(kind, window, cap)
     assert impl.supports_quant_query_input is False
     assert impl.fused_output_quant_supported(None) is False
     kv = cache(torch.float8_e4m3fn if quantised else torch.float32, heads_first).to(device)
     table = torch.tensor([[1, 2, 0], [3, 4, 0], [5, 6, 0]], dtype=torch.int32, device=device)
-    q = torch.randn(prefill + total + padding, HEADS, DIM, device=device)
+    q = torch.randn(total + behind + padding, HEADS, DIM, device=device)
     k, v = (torch.randn(len(q), KV_HEADS, DIM, device=device) for _ in range(2))
     slots = torch.cat([
         table[r].long().repeat_interleave(PAGE)[context : context + n] * PAGE
         + (torch.arange(context, context + n, device=device) % PAGE)
         for r, (context, n) in enumerate(zip(contexts.tolist(), np.diff(starts), strict=True))
     ])  # fmt: skip
-    slots = torch.cat([slots.new_full((prefill,), -1), slots, slots.new_full((padding,), -1)])
+    slots = torch.cat([slots, slots.new_full((behind + padding,), -1)])
     keys, values = impl.split_cache(kv)
     scale = torch.tensor(0.5 if quantised else 1.0, device=device)
     if quantised:  # what a later step will read
         page, place = slots[slots >= 0] // PAGE, slots[slots >= 0] % PAGE
-        own = slice(prefill, prefill + total)
         keys[page, place] = (k[own] / scale).to(keys.dtype)
         values[page, place] = (v[own] / scale).to(keys.dtype)
         k[own], v[own] = keys[page, place].float() * scale, values[page, place].float() * scale
-    rows = np.arange(prefill, prefill + total)
     mask = step_mask(parents, starts)
-    step = CUDATreeStep.of(
-        torch.device(device), rows if prefill else None, starts, contexts, table, mask
-    )
-    metadata = SimpleNamespace(tree=step, slot_mapping=slots)
+    step = step_of(device, starts, contexts, table, mask)
+    others = SimpleNamespace() if behind else None
+    metadata = MaskedFirst(others, table, slots, step)
     layer = SimpleNamespace(_k_scale=scale, _v_scale=scale)
     out = torch.zeros(len(q), HEADS * DIM, device=device)
     impl.forward(layer, q, k, v, kv, metadata, out)
-    assert impl.native_rows == (len(q) if prefill else 0)
+    assert impl.native_rows == (behind + padding if behind else 0)
 
     wanted = torch.zeros(total, HEADS, DIM)
-    own = slice(prefill, prefill + total)
     old = [(t.float() * scale).cpu() for t in (keys, values)]
     tree_attention(
         q[own].cpu(), k[own].cpu(), v[own].cpu(), *old, table.cpu(), torch.from_numpy(contexts),
@@ -114,7 +111,7 @@ def test_tree_rows_attend_as_the_oracle_says(
         soft_cap=cap, sliding_window=window,
     )  # fmt: skip
     torch.testing.assert_close(out[own].view(wanted.shape).cpu(), wanted, rtol=1e-4, atol=1e-4)
-    assert (out[:prefill] == 7).all()
+    assert (out[total:] == (7 if behind else 0)).all()
 
 
 def test_rows_without_a_tree_are_vllms() -> None:
@@ -124,6 +121,52 @@ def test_rows_without_a_tree_are_vllms() -> None:
         out.zero_()
         impl.forward(None, q, q, q, None, metadata, out)
         assert (out == 7).all()
+
+
+@pytest.mark.parametrize("masked", [0, 2, 3])
+def test_vllms_metadata_is_of_the_rows_behind(masked) -> None:
+    """Two requests of few rows and a prompt of 9: of nothing, of the prompt, of all."""
+    starts = torch.tensor([0, 3, 4, 13], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([20, 8, 9], dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor([20, 8, 9], dtype=torch.int32), num_reqs=3,
+        num_actual_tokens=13, max_query_len=9, max_seq_len=20,
+        block_table_tensor=torch.arange(6, dtype=torch.int32).view(3, 2),
+        slot_mapping=torch.arange(13), mm_req_doc_ranges={0: [(1, 2)], 2: [(3, 4)]},
+    )  # fmt: skip
+
+    class Native:
+        def __init__(self, *args) -> None: ...
+
+        def build(self, common_prefix_len, common, fast_build=False):
+            return common
+
+        def build_for_cudagraph_capture(self, common):
+            return "vllm's"
+
+    class Builder(cuda_attention.TreeBuilder, Native):
+        """The class under test."""
+
+    builder = Builder(None, [], SimpleNamespace(num_speculative_tokens=4), None)
+    assert builder.reorder_batch_threshold == 5
+    builder.masked = masked
+    built = builder.build(0, common)
+    if not masked:
+        assert built is common
+        assert builder.build_for_cudagraph_capture(common) == "vllm's"
+        return
+    assert built.block_table.tolist() == common.block_table_tensor[:masked].tolist()
+    assert built.slot_mapping is common.slot_mapping
+    assert (built.others is None) == (masked == 3)
+    if built.others is not None:
+        assert built.others.query_start_loc.tolist() == [0, 9]
+        assert built.others.seq_lens.tolist() == [9]
+        assert built.others.block_table_tensor.tolist() == [[4, 5]]
+        assert built.others.slot_mapping.tolist() == [*range(4, 13)]
+        assert built.others.num_actual_tokens == built.others.max_query_len == 9
+        assert built.others.mm_req_doc_ranges == {0: [(3, 4)]}
+    assert isinstance(builder.build_for_cudagraph_capture(common), MaskedFirst)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +183,6 @@ def test_rows_without_a_tree_are_vllms() -> None:
 def test_what_trees_cannot_attend_is_refused(lacking, word) -> None:
     with pytest.raises(ConfigError, match=word):
         Impl(**lacking)
-
-
-def test_the_worker_is_the_one_that_engines_are_told() -> None:
-    name = f"{cuda_worker.__name__}.{cuda_worker.OuroborosCUDAWorker.__name__}"
-    assert compat.WORKERS["cuda"] == name
 
 
 def test_backends_take_vllms_place() -> None:
@@ -169,10 +207,7 @@ def test_accepted_rows_move_to_their_slots(seed, sizes, device) -> None:
     impl = Impl()
     caches = [cache().to(device), cache(heads_first=True).to(device), cache().to(device)]
     before = [c.clone() for c in caches]
-    step = CUDATreeStep.of(
-        torch.device(device), None, starts, contexts, table,
-        np.zeros((int(starts[-1]), 1), np.int32),
-    )  # fmt: skip
+    step = step_of(device, starts, contexts, table, np.zeros((int(starts[-1]), 1), np.int32))
     step.layers = layer_tables([SimpleNamespace(impl=impl, kv_cache=c) for c in caches])
     assert len(step.layers) == 2
     moves, places = [], []
@@ -200,7 +235,7 @@ def test_static_buffers_hold_any_smaller_batch(device) -> None:
     parents, starts = random_trees([35, 3], 0)
     mask, contexts = step_mask(parents, starts), np.array([5, 6], np.int32)
     static.mask.fill_(-1)
-    step = CUDATreeStep.of(torch.device(device), None, starts, contexts, torch.zeros(2, 1), mask)
+    step = step_of(device, starts, contexts, torch.zeros(2, 1), mask)
     for fill in (lambda: static.fill(starts, contexts, mask), lambda: static.copy(step)):
         fill()
         graph = static.step(4, 40, torch.zeros(4, 1))
@@ -211,14 +246,6 @@ def test_static_buffers_hold_any_smaller_batch(device) -> None:
     narrow = step_mask(*random_trees([3, 2], 0))
     static.fill(np.array([0, 3, 5], np.int32), contexts, narrow)
     assert static.mask[:5].tolist() == [[*row, 0] for row in narrow.tolist()]
-
-
-def test_host_arrays_travel_together(device) -> None:
-    one, two = np.arange(6, dtype=np.int64).reshape(2, 3), np.array([9], np.int32)
-    got = to_device(torch.device(device), one, two)
-    assert [t.tolist() for t in got] == [[[0, 1, 2], [3, 4, 5]], [9]]
-    assert {t.dtype for t in got} == {torch.int32}
-    assert got[1].data_ptr() - got[0].data_ptr() == 32  # each begins at 16 bytes
 
 
 @SLOW
@@ -238,7 +265,7 @@ def test_the_device_walks_as_the_host_does(sizes, vocab, seed, device) -> None:
     rows = np.cumsum([0] + [n + 1 for n in sizes])
     logits = torch.from_numpy(rng.standard_normal((rows[-1], vocab)).astype(np.float32))
     stops = [frozenset(rng.choice(vocab, rng.integers(0, 2)).tolist()) for _ in sizes]
-    walked = walk_on_device(logits.to(device), rows[:-1], trees, stops)
+    walked = walk_on_device(logits.to(device), rows[:-1], trees, stops, 9)
     found = walked.to_host(rows[:-1], trees)
     predicted = greedy(logits)
     for r, tree in enumerate(trees):
@@ -252,13 +279,3 @@ def test_the_device_walks_as_the_host_does(sizes, vocab, seed, device) -> None:
             assert found[r].path.tolist() == path.tolist()
             assert found[r].predicted.tolist() == own.tolist()
             assert found[r].path.dtype == np.int32
-
-
-def test_padding_is_never_the_walks_choice() -> None:
-    tree = DraftTree.chain([4, 5]).padded(5)
-    assert tree.tokens.tolist() == [4, 5, 4, 4, 4]
-    assert tree.parents.tolist() == [-1, 0, -1, -1, -1]
-    assert tree.sources[2:].tolist() == [NodeSource.PADDING] * 3
-    assert _plain_path(tree, np.array([4, 5, 9, 9, 9, 9]), frozenset()).tolist() == [0, 1]
-    assert DraftTree.chain([]).padded(2).tokens.tolist() == [0, 0]
-    assert DraftTree.chain([1, 2]).padded(1).tokens.tolist() == [1, 2]

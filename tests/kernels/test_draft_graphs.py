@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import random_trees
+from cuda_steps import step_of
 
 from vllm_ouroboros.draft.cuda_graphs import SIZES, DraftGraphs
 from vllm_ouroboros.trees.draft_tree import step_mask
-from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
+from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 
 @pytest.mark.parametrize("most", [3, 100])
@@ -32,14 +33,14 @@ def test_graphs_of_draft_forwards(device, most: int) -> None:
         return replay, results
 
     static = StaticSteps(torch.device(device), most, SIZES[-1], 70, 64)
-    graphs = DraftGraphs(static, 2, forward, [torch.zeros(SIZES[-1], 3, device=device)], capture)
+    graphs = DraftGraphs(static, 2, capture, forward, [torch.zeros(SIZES[-1], 3, device=device)])
     graphs.capture()
     assert sorted(size for size, *_ in seen) == sorted(SIZES)
     for sizes in ([20, 14], [3], [30, 30, 30]):
         parents, starts = random_trees(sizes, 0)
         total = int(starts[-1])
-        step = CUDATreeStep.of(
-            torch.device(device), None, starts, np.array(sizes, np.int32),
+        step = step_of(
+            device, starts, np.array(sizes, np.int32),
             torch.ones(len(sizes), 2, dtype=torch.int32, device=device), step_mask(parents, starts),
         )  # fmt: skip
         assert graphs.fits(step)
@@ -55,8 +56,7 @@ def test_graphs_of_draft_forwards(device, most: int) -> None:
         assert query_start_loc == [*starts.tolist()] + [total] * (requests - len(sizes))
         assert graphs.block_table[: len(sizes)].eq(1).all()
     parents, starts = random_trees([71], 0)
-    wide = CUDATreeStep.of(
-        torch.device(device), None, starts, np.array([1], np.int32), torch.ones(1, 2),
-        np.zeros((71, 4), np.int32),
-    )  # fmt: skip
+    wide = step_of(
+        device, starts, np.array([1], np.int32), torch.ones(1, 2), np.zeros((71, 4), np.int32)
+    )
     assert not graphs.fits(wide)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner, OuroborosCPUWorker
-from vllm_ouroboros.integration.cuda_worker import OuroborosCUDARunner, OuroborosCUDAWorker
+from vllm_ouroboros.integration.cuda_runner import OuroborosCUDARunner
+from vllm_ouroboros.integration.cuda_worker import OuroborosCUDAWorker
 from vllm_ouroboros.integration.scheduler import OuroborosScheduler
 from vllm_ouroboros.verify.cpu import attention as cpu_attention
 from vllm_ouroboros.verify.cuda import attention as cuda_attention

@@ -1,4 +1,4 @@
-"""The draft model's probability of the tokens of a chain, and its alternatives at each place."""
+"""What the logits of a round say: tokens of a chain, their probabilities, and alternatives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES, RequestState
+from vllm_ouroboros.verify.acceptance import greedy
 
 
 def top_alternatives(
@@ -22,8 +23,40 @@ def top_alternatives(
         probabilities float32 of the same shape.
     """
     probs, tokens = logits.float().softmax(-1).topk(min(NUM_ALTERNATIVES + 1, logits.shape[1]))
-    found = tokens.numpy(force=True)
-    return found if ids is None else ids[found], probs.numpy(force=True)
+    both = torch.stack([tokens.int(), probs.view(torch.int32)]).numpy(force=True)  # in one copy
+    found = both[0].astype(np.int64)
+    return found if ids is None else ids[found], both[1].view(np.float32)
+
+
+class Choices:
+    """What the draft model chooses in a round without noise.
+
+    Args:
+        logits: [M, vocab].
+        wanted: of how many rows the most probable token is wanted.
+        ids: see `top_alternatives`.
+        at_once: whether to look for the alternatives of all rows now. A device answers once then;
+            on the CPU it is less work to look where they are asked for.
+    """
+
+    def __init__(
+        self, logits: torch.Tensor, wanted: int, ids: np.ndarray | None, *, at_once: bool
+    ) -> None:
+        self.logits, self._ids = logits, ids
+        self._all = top_alternatives(logits, ids) if at_once else None
+        self.tokens: np.ndarray
+        """The most probable token int64 of each of the first ``wanted`` rows."""
+        if self._all is not None:
+            self.tokens = self._all[0][:wanted, 0]
+        else:
+            found = greedy(logits[:wanted])
+            self.tokens = found if ids is None else ids[found]
+
+    def alternatives(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`top_alternatives` of rows int64 [N]."""
+        if self._all is None:
+            return top_alternatives(self.logits[torch.from_numpy(rows)], self._ids)
+        return self._all[0][rows], self._all[1][rows]
 
 
 def record_alternatives(
@@ -31,9 +64,8 @@ def record_alternatives(
     slots: np.ndarray,
     before: np.ndarray,
     rows: np.ndarray,
-    logits: torch.Tensor,
+    choices: Choices,
     sampled: Collection[int],
-    ids: np.ndarray | None = None,
 ) -> None:
     """Record the probability of the tokens that a round added to chains, and their alternatives.
 
@@ -42,17 +74,15 @@ def record_alternatives(
         slots: int64 [R].
         before: int32 [R], length of each chain before the round.
         rows: int64 [M], rows of the round, ascending.
-        logits: [M, vocab] of those rows.
+        choices: of those rows; of the whole vocabulary where any is sampled.
         sampled: slots whose tokens were chosen with noise; they have branches instead.
-        ids: see `top_alternatives`; None where any were.
     """
     gained = state.chain_len[slots] - before
     owner = np.repeat(slots, gained)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(gained) - gained, gained)
     at = np.repeat(before, gained) + within
-    index = torch.from_numpy(np.searchsorted(rows, state.predicted_row[owner, at]))
-    at_places = logits[index.to(logits.device)]
-    tokens, probs = top_alternatives(at_places, ids)
+    index = np.searchsorted(rows, state.predicted_row[owner, at])
+    tokens, probs = choices.alternatives(index)
     # what is chosen without noise is what stands first
     state.confidence[owner, at] = probs[:, 0]
     found = tokens.shape[1] - 1
@@ -63,9 +93,8 @@ def record_alternatives(
     if sampled:
         noisy = np.isin(owner, list(sampled))
         owner, at = owner[noisy], at[noisy]
-        at_places = at_places[torch.from_numpy(noisy)]
+        at_places = choices.logits[torch.from_numpy(index[noisy]).to(choices.logits.device)]
         chosen = torch.from_numpy(state.chain[owner, at].astype(np.int64))
-        probs = at_places.float().softmax(-1)
-        chosen_probs = probs.gather(1, chosen.to(probs.device)[:, None])[:, 0]
-        state.confidence[owner, at] = chosen_probs.numpy(force=True)
+        of_chosen = at_places.float().softmax(-1).gather(1, chosen.to(at_places.device)[:, None])
+        state.confidence[owner, at] = of_chosen[:, 0].numpy(force=True)
         state.alternatives[owner, at] = -1

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
@@ -22,14 +24,21 @@ MAX_GRAPH_ROWS = SIZES[-1]
 Outputs = tuple[torch.Tensor, ...]
 Forward = Callable[..., Outputs]
 Replay = Callable[[], None]
+Capture = Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]]
 
 
-def capture_cuda(forward: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
-    """A forward as a CUDA graph: how to run it again, and where its results lie."""
+def capture_cuda(vllm_config: VllmConfig, forward: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
+    """A forward as a CUDA graph: how to run it again, and where its results lie.
+
+    Its memory is of the pool of vLLM's own graphs, which sleep mode may move off the device.
+    """
     forward()  # compiles kernels, which a capture may not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=current_platform.get_global_graph_pool()):
+    with (
+        capture_pool(current_platform.get_global_graph_pool(), vllm_config) as pool,
+        torch.cuda.graph(graph, pool=pool),
+    ):
         result = forward()
     return graph.replay, result
 
@@ -40,19 +49,19 @@ class DraftGraphs:
     Args:
         static: masks and lengths that the graphs read, for at most `MAX_GRAPH_ROWS` rows.
         max_blocks: columns of a block table.
+        capture: makes a graph, as `capture_cuda` does for an engine.
         forward: (step, tokens int32 [T], positions int64 [T], slots int64 [T], and what else the
             model reads) to what it computes, all by row.
         more: buffers of `MAX_GRAPH_ROWS` rows for what else it reads.
-        capture: makes a graph; another one for tests without a device.
     """
 
     def __init__(
         self,
         static: StaticSteps,
         max_blocks: int,
+        capture: Capture,
         forward: Forward,
         more: Sequence[torch.Tensor] = (),
-        capture: Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]] = capture_cuda,
     ) -> None:
         self.static, self._forward, self._capture = static, forward, capture
         device, rows = static.mask.device, len(static.mask)
@@ -79,6 +88,10 @@ class DraftGraphs:
         requests = min(len(self.static.context_lens), size)  # each has a row
         step = self.static.step(requests, size, self.block_table)
         return self._forward(step, *(one[:size] for one in self.inputs))
+
+    def run_again(self, num_rows: int) -> None:
+        """Replay the smallest graph with room for so many rows, whatever its buffers hold."""
+        self.graphs[next(size for size in SIZES if size >= num_rows)][0]()
 
     def fits(self, tree: CUDATreeStep) -> bool:
         """Whether there is a graph for a step."""

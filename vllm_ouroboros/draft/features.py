@@ -1,23 +1,28 @@
-"""The target's features of each request's text, from the step that made them to the draft head."""
+"""The features that a draft head reads: the target's of the text, its own of what it drafts."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from vllm_ouroboros.draft.expansion import MAX_PATHS
+from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
+
 MAX_BYTES = 2**26
-"""Of the features of all requests that a head has not read yet."""
+"""Of the features of all requests' texts that a head has not read yet."""
 
 
-class TextFeatures:
-    """Features of the last places of each request's text.
+class HeadFeatures:
+    """Features of the last places of each request's text, and of its chain and paths.
 
-    Features that are missing (in front of the text, in a cached prefix, given up for their memory)
-    read as zeros: they cost acceptance, nothing else.
+    All lie in one buffer, so that a forward reads its features by one index and keeps those it
+    predicts by another. Features that are missing (in front of the text, in a cached prefix, given
+    up for their memory) read as zeros: they cost acceptance, nothing else.
 
     Args:
         requests: most requests.
         longest: tokens of a text, at most.
+        chain: tokens of a chain, at most.
         hidden: size of a feature.
         dtype: of its elements.
         device: where features are made and read.
@@ -27,24 +32,71 @@ class TextFeatures:
         self,
         requests: int,
         longest: int,
+        chain: int,
         hidden: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         self.longest = longest
         self.most = min(longest, max(16, MAX_BYTES // (requests * hidden * dtype.itemsize)))
-        # place p of a slot lies in row p % most of the slot's; behind all is a row of zeros
-        self._kept = torch.zeros(requests * self.most + 1, hidden, dtype=dtype, device=device)
+        # place p of a slot's text lies in row p % most of the slot's
+        self._zeros = requests * self.most
+        self._chains, self._chain_rows = self._zeros + 1, chain + 1
+        self._paths = self._chains + requests * self._chain_rows
+        self.nowhere = self._paths + requests * MAX_PATHS * (NUM_FOLLOWING - 1)
+        """Row of the buffer for what nobody will read."""
+        self._kept = torch.zeros(self.nowhere + 1, hidden, dtype=dtype, device=device)
         self._first, self._end = np.zeros((2, requests), np.int64)  # places that have features
         self._step = self._kept[:0]  # of the last step, if a chunk was longer than ``most``
         self._step_offset = np.zeros(requests, np.int64)  # row of a slot's place 0 in these
+
+    # -- rows of the buffer ------------------------------------------------------------------------
+
+    def before(self, slots: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Rows int64 [T] of the place of the text before each of ``places`` int64 [T], by slot."""
+        wanted = places - 1
+        known = (self._first[slots] <= wanted) & (wanted < self._end[slots])
+        known &= wanted >= self._end[slots] - self.most
+        return np.where(known, slots * self.most + wanted % self.most, self._zeros)
+
+    def of_chain(self, slots: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Rows int64 [T] of places of chains; of those that no chain can have: `nowhere`."""
+        inside = (places >= 0) & (places < self._chain_rows)
+        return np.where(inside, self._chains + slots * self._chain_rows + places, self.nowhere)
+
+    def of_paths(self, slots: np.ndarray, paths: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """The same of levels of paths, by slot and number."""
+        most = NUM_FOLLOWING - 1
+        rows = self._paths + (slots * MAX_PATHS + paths) * most + levels
+        return np.where((levels >= 0) & (levels < most), rows, self.nowhere)
+
+    # -- features ----------------------------------------------------------------------------------
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Features [T, hidden] of rows int64 [T]."""
+        return self._kept[rows]
+
+    def read_text(self, rows: torch.Tensor, slots: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """The same of rows that `before` gave, with what the last step made beyond them."""
+        found, wanted = self._kept[rows], places - 1
+        if len(self._step):
+            early = (self._first[slots] <= wanted) & (wanted < self._end[slots] - self.most)
+            if (at := np.flatnonzero(early).tolist()) != []:
+                found[at] = self._step[(self._step_offset[slots] + wanted)[at].tolist()]
+        return found
+
+    def keep(self, rows: torch.Tensor, features: torch.Tensor) -> None:
+        """Write features [T, hidden] to rows int64 [T]; `nowhere` may stand among them often."""
+        self._kept[rows] = features
+
+    # -- texts -------------------------------------------------------------------------------------
 
     def forget(self, slot: int) -> None:
         """The slot belongs to another request from now on."""
         self._first[slot] = self._end[slot] = 0
 
     def add(self, slots: np.ndarray, firsts: np.ndarray, counts: np.ndarray, rows) -> None:
-        """Keep the features that a step made.
+        """Keep the features that a step made of texts.
 
         Args:
             slots: int64 [R].
@@ -67,17 +119,6 @@ class TextFeatures:
         if len(kept) < len(rows):
             self._step, rows = rows, rows[torch.from_numpy(kept).to(rows.device)]
         self._kept[torch.from_numpy(where).to(rows.device)] = rows
-
-    def before(self, slots: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """Features [T, hidden] of the place before each of ``places`` int64 [T], by slot."""
-        wanted = places - 1
-        known = (self._first[slots] <= wanted) & (wanted < self._end[slots])
-        kept = known & (wanted >= self._end[slots] - self.most)
-        rows = np.where(kept, slots * self.most + wanted % self.most, len(self._kept) - 1)
-        found = self._kept[torch.from_numpy(rows).to(self._kept.device)]
-        if early := np.flatnonzero(known & ~kept).tolist():
-            found[early] = self._step[(self._step_offset[slots] + wanted)[early].tolist()]
-        return found
 
     def waiting(self, slot: int) -> int:
         """Places that have features."""

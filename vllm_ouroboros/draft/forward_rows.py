@@ -21,4 +21,5 @@ class ForwardRows(NamedTuple):
     writes: np.ndarray  # int64 [T], position whose KV slot a row fills, or -1
     query_start_loc: np.ndarray  # int32 [R + 1]
     context_lens: np.ndarray  # int32 [R], tokens in the KV cache before the forward
+    asked: np.ndarray  # int64 [M], rows whose hidden states are wanted
     paths: np.ndarray | None = None  # int64 [R], number of the path, -1 for text and chain

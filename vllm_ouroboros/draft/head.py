@@ -12,21 +12,16 @@ import numpy as np
 import torch
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.expansion import MAX_PATHS
-from vllm_ouroboros.draft.features import TextFeatures
+from vllm_ouroboros.draft.features import HeadFeatures
 from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.model import DraftModel
-from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_ouroboros.draft.cuda_graphs import Outputs
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
-    from vllm_ouroboros.metrics.step_clock import StepClock
     from vllm_ouroboros.trees.request_state import RequestState
-    from vllm_ouroboros.verify.tree_step import TreeStep
 
 EAGLE = "EagleLlamaForCausalLM"
 
@@ -84,22 +79,6 @@ class _Places(NamedTuple):
         return cls(slots, positions, positions - state.committed[slots], paths, levels)
 
 
-def _take(found: torch.Tensor, rows: np.ndarray, kept: torch.Tensor, *at: np.ndarray) -> None:
-    """Fill rows bool [T] of features with what is kept ``at`` some places."""
-    index, *where = (_index(one, kept.device) for one in (np.flatnonzero(rows), *at))
-    found[index] = kept[tuple(where)]
-
-
-def _put(kept: torch.Tensor, made: torch.Tensor, rows: np.ndarray, *at: np.ndarray) -> None:
-    """Keep rows bool [T] of features ``at`` some places."""
-    index, *where = (_index(one, kept.device) for one in (np.flatnonzero(rows), *at))
-    kept[tuple(where)] = made[index]
-
-
-def _index(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device)
-
-
 class DraftHead(DraftModel):
     """Loads a draft head beside its target and runs its forwards.
 
@@ -112,7 +91,7 @@ class DraftHead(DraftModel):
     """
 
     reads_features = True
-    features: TextFeatures  # of the requests that it drafts for, see `use`
+    features: HeadFeatures  # of the requests that it drafts for, see `use`
 
     def __init__(self, path: str, vllm_config: VllmConfig) -> None:
         config = json.loads((Path(path) / "config.json").read_text())
@@ -134,21 +113,15 @@ class DraftHead(DraftModel):
         self.dtype = target.dtype
         self.short: ShortVocabulary | None = None
         self.state: RequestState | None = None
-        self._predicted = torch.zeros(0)  # by slot and place of the chain, once there are slots
-        self._of_paths = torch.zeros(0)  # by slot, number of the path and level
 
     def use(self, state: RequestState) -> None:
         """Draft for the requests of ``state``."""
         self.state = state
         slots, budget = state.chain.shape
-        device = self.target_config.device_config.device
-        self.features = TextFeatures(
-            slots, self.target_config.model_config.max_model_len, self.hidden, self.dtype, device
-        )
-        shape = slots, budget + 1, self.hidden
-        self._predicted = torch.zeros(shape, dtype=self.dtype, device=device)
-        paths = slots, MAX_PATHS, NUM_FOLLOWING - 1, self.hidden
-        self._of_paths = torch.zeros(paths, dtype=self.dtype, device=device)
+        self.features = HeadFeatures(
+            slots, self.target_config.model_config.max_model_len, budget, self.hidden, self.dtype,
+            self.target_config.device_config.device,
+        )  # fmt: skip
 
     def load(self, target: torch.nn.Module) -> None:
         super().load(target)
@@ -164,38 +137,39 @@ class DraftHead(DraftModel):
         if self.short is not None:
             self.short_ids = self.short.ids.numpy(force=True)
 
-    def _inputs(self, at: _Places, text_alone: bool) -> torch.Tensor:
-        """Features [T, hidden] of the place before each row; ``text_alone``: all are of text."""
-        found = self.features.before(at.slots, at.positions)
-        if not text_alone:
-            chain, path = (at.chain >= 0) & (at.levels <= 0), at.levels > 0
-            _take(found, chain, self._predicted, at.slots[chain], at.chain[chain])
-            if path.any():
-                where = at.slots[path], at.paths[path], at.levels[path] - 1
-                _take(found, path, self._of_paths, *where)
-        return found
+    def target_changed(self) -> None:
+        if self.short is not None:
+            self.short.forget()
 
-    def _keep(self, at: _Places, predicted: torch.Tensor) -> None:
-        """Keep the features that rows predict from the last committed token on."""
-        place = at.chain + 1
-        chain = (at.levels < 0) & (place >= 0) & (place < self._predicted.shape[1])
-        _put(self._predicted, predicted, chain, at.slots[chain], place[chain])
-        path = (at.levels >= 0) & (at.levels < NUM_FOLLOWING - 1)
-        if path.any():
-            where = at.slots[path], at.paths[path], at.levels[path]
-            _put(self._of_paths, predicted, path, *where)
-
-    def forward(
-        self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
-    ) -> torch.Tensor:
-        """See `DraftModel.forward`; also keeps the features that the rows predict."""
+    def _further_arrays(self, rows: ForwardRows, mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """Where features are read, and where those that the rows predict are kept."""
         assert self.state is not None
-        at = _Places.of(rows, self.state)
-        features = self._inputs(at, tree is None)
-        hidden, predicted = self._outputs(clock, runner, rows, tree, features)
-        if tree is not None:
-            self._keep(at, predicted)
-        return hidden
+        at, features = _Places.of(rows, self.state), self.features
+        reads = features.before(at.slots, at.positions)
+        if mask is None:
+            return (reads,)
+        chain, path = (at.chain >= 0) & (at.levels <= 0), at.levels > 0
+        reads = np.where(chain, features.of_chain(at.slots, at.chain), reads)
+        reads = np.where(path, features.of_paths(at.slots, at.paths, at.levels - 1), reads)
+        writes = np.where(
+            at.levels < 0,
+            features.of_chain(at.slots, at.chain + 1),
+            features.of_paths(at.slots, at.paths, at.levels),
+        )
+        return reads, writes
+
+    def _read(
+        self, further: list[torch.Tensor], rows: ForwardRows, mask: np.ndarray | None
+    ) -> tuple[torch.Tensor, ...]:
+        if mask is not None:
+            return (self.features.read(further[0]),)
+        slots = np.repeat(rows.slots, np.diff(rows.query_start_loc))
+        return (self.features.read_text(further[0], slots, rows.positions),)
+
+    def _keep(self, further: list[torch.Tensor], outputs: Outputs) -> None:
+        """Keep the features that rows predict from the last committed token on."""
+        if len(further) > 1:
+            self.features.keep(further[1], outputs[1])
 
     def _run_model(
         self, tokens: torch.Tensor, positions: torch.Tensor, *more: torch.Tensor
@@ -207,13 +181,17 @@ class DraftHead(DraftModel):
         device = self.target_config.device_config.device
         return (torch.zeros(rows, self.hidden, dtype=self.dtype, device=device),)
 
-    def logits(
-        self, hidden: torch.Tensor, rows: np.ndarray, *, short: bool = False
-    ) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
         if not short or self.short is None:
-            return super().logits(hidden, rows)
-        wanted = hidden[torch.from_numpy(rows).to(hidden.device)]
-        return self.short.short_logits(self.model.lm_head, wanted)
+            return super().logits(hidden)
+        return self.short.short_logits(self.model.lm_head, hidden)
+
+    def profile(self, rows: int) -> None:
+        """Take the memory that logits of so many rows need."""
+        hidden = torch.zeros(
+            rows, self.hidden, dtype=self.dtype, device=self.target_config.device_config.device
+        )
+        self.logits(hidden, short=True).float().softmax(-1)
 
     def cannot_wait(self, slot: int) -> bool:
         return self.features.runs_out(slot)

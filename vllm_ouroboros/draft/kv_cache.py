@@ -34,7 +34,7 @@ class DraftCache:
         draft: the loaded draft model.
         drafting: knows for each slot how many tokens have draft KV.
         max_rows: rows that one forward may have.
-        forward: runs the draft model on (runner, rows, tree), see `DraftModel.forward`.
+        forward: runs the draft model on (runner, rows, mask), see `DraftModel.forward`.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class DraftCache:
                 positions,
                 np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
                 np.array([s for _, _, s, _ in chunk], np.int32),
+                np.empty(0, np.int64),
             )
             self._forward(runner, rows, None)
             for slot, _, _, end in chunk:

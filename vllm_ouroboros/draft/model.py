@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.metrics.step_clock import StepClock
+from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
 
 if TYPE_CHECKING:
@@ -105,14 +107,24 @@ class DraftModel:
         )
         with set_current_vllm_config(self.vllm_config), set_model_tag("ouroboros_draft"):
             self.model = get_model(vllm_config=self.vllm_config, prefix="ouroboros_draft")
+        self._of_target = {one.data_ptr() for one in target.parameters()}
         layers = get_layers_from_vllm_config(self.target_config, Attention)
         self.layer_names = [name for name in layers if name not in before]
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        """Weights and buffers, without those that are the target's."""
+        for one in (*self.model.parameters(), *self.model.buffers()):
+            if one.data_ptr() not in self._of_target:
+                yield one
+
+    def target_changed(self) -> None:
+        """The target's weights are others now."""
 
     def bind_kv_cache(self, runner: GPUModelRunner) -> None:
         """Find the draft's KV cache group and metadata builders.
 
         Raises:
-            ConfigError: the draft's layers do not share one block table.
+            ConfigError: the draft's layers do not share one block table, or read smaller blocks.
         """
         mine = set(self.layer_names)
         groups = [
@@ -131,51 +143,71 @@ class DraftModel:
             for group in runner.attn_groups[self.kv_cache_gid]
             if mine.intersection(group.layer_names)
         ]
+        smaller = {group.kernel_block_size for group, _ in self.attn_groups} - {None}
+        if smaller:
+            raise ConfigError(
+                f"attention of ouroboros.draft_model = {self.model_config.model!r} wants blocks of "
+                f"{min(smaller)} tokens: use --block-size {min(smaller)}"
+            )
         table = runner.input_batch.block_table[self.kv_cache_gid]
         self.block_size = table.block_size
 
     def forward(
-        self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
+        self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
     ) -> torch.Tensor:
-        """Hidden states [T, hidden] of T rows.
+        """Hidden states [M, hidden] of the M rows asked for, of T rows.
 
         Args:
             clock: keeps the model's time apart from the preparation's.
             runner: holds the block tables.
             rows: of some requests.
-            tree: attention mask of all rows, or None for plain causal rows.
+            mask: int32 [T, words] of `step_mask`, or None for plain causal rows.
         """
-        return self._outputs(clock, runner, rows, tree)[0]
-
-    def _outputs(
-        self,
-        clock: StepClock,
-        runner: GPUModelRunner,
-        rows: ForwardRows,
-        tree: TreeStep | None,
-        *more: torch.Tensor,
-    ) -> Outputs:
-        """What the model computes of T rows; ``more`` is what it reads beside their tokens."""
         table = runner.input_batch.block_table[self.kv_cache_gid]
         kv_slots = np.empty(len(rows.tokens), np.int64)
         slot_mapping(
             rows.writes, rows.query_start_loc, rows.requests, table.block_table.np,
             self.block_size, kv_slots,
         )  # fmt: skip
-        device = runner.device
-        ids, places, slots_tensor = (
-            torch.from_numpy(array).to(device) for array in (rows.tokens, rows.positions, kv_slots)
-        )
-        inputs = ids, places, slots_tensor, *more
-        if tree is None:
-            metadata = self._causal(runner, rows, places, slots_tensor)
+        masks = () if mask is None else (mask,)
+        arrays = (
+            rows.tokens, rows.positions, kv_slots, rows.requests, rows.asked, rows.query_start_loc,
+            rows.context_lens, *masks, *self._further_arrays(rows, mask),
+        )  # fmt: skip
+        tokens, positions, slots, requests, asked, *rest = to_device(runner.device, *arrays)
+        further = rest[2 + len(masks) :]
+        inputs = tokens, positions, slots, *self._read(further, rows, mask)
+        block_table = table.block_table.gpu[requests]
+        if mask is None:
+            metadata = self._causal(rows, block_table, rest[0], inputs)
             with clock.model("draft"):
-                return self._run(metadata, *inputs)
-        tree.block_table = table.block_table.gpu[torch.from_numpy(rows.requests).to(device)]
-        with clock.model("draft"):
-            if self.graphs is not None and self.graphs.fits(tree):  # type: ignore[arg-type]
-                return self.graphs.replay(tree, *inputs)  # type: ignore[arg-type]
-            return self.masked(tree, *inputs)
+                outputs = self._run(metadata, *inputs)
+        else:
+            starts, contexts, masked, *_ = rest
+            tree = runner.masked_step(
+                rows.query_start_loc, rows.context_lens, mask, (starts, contexts, masked)
+            )
+            tree.block_table = block_table
+            with clock.model("draft"):
+                if self.graphs is not None and self.graphs.fits(tree):
+                    outputs = self.graphs.replay(tree, *inputs)
+                else:
+                    outputs = self.masked(tree, *inputs)
+        self._keep(further, outputs)
+        return outputs[0][asked]
+
+    def _further_arrays(self, rows: ForwardRows, mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """What `_read` and `_keep` need on the device."""
+        return ()
+
+    def _read(
+        self, further: list[torch.Tensor], rows: ForwardRows, mask: np.ndarray | None
+    ) -> tuple[torch.Tensor, ...]:
+        """What the model reads of T rows beside their tokens."""
+        return ()
+
+    def _keep(self, further: list[torch.Tensor], outputs: Outputs) -> None:
+        """Keep what a later forward will read of this one."""
 
     def masked(self, tree: TreeStep, *inputs: torch.Tensor) -> Outputs:
         """What the model computes of T rows that attend by the masks of ``tree``.
@@ -215,30 +247,28 @@ class DraftModel:
 
     def _causal(
         self,
-        runner: GPUModelRunner,
         rows: ForwardRows,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
+        block_table: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        inputs: tuple[torch.Tensor, ...],
     ) -> dict[str, Any]:
         """vLLM's own metadata for plain causal rows, by layer."""
-        table = runner.input_batch.block_table[self.kv_cache_gid]
         lengths = np.diff(rows.query_start_loc)
         seq_lens = torch.from_numpy((rows.context_lens + lengths).astype(np.int32))
-        start_loc = torch.from_numpy(rows.query_start_loc)
-        requests = torch.from_numpy(rows.requests).to(runner.device)
         common = CommonAttentionMetadata(
-            query_start_loc=start_loc.to(runner.device),
-            query_start_loc_cpu=start_loc,
-            seq_lens=seq_lens.to(runner.device),
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(rows.query_start_loc),
+            seq_lens=seq_lens.to(query_start_loc.device),
             seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(requests),
-            num_actual_tokens=len(positions),
-            max_query_len=int(lengths.max()),
+            num_reqs=len(lengths),
+            num_actual_tokens=len(rows.tokens),
+            # TRITON_ATTN decodes with scratch of the size of the target's heads: 2 keeps off it
+            max_query_len=max(2, int(lengths.max())),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=table.block_table.gpu[requests],
-            slot_mapping=slots,
+            block_table_tensor=block_table,
+            slot_mapping=inputs[2],
             causal=True,
-            positions=positions,
+            positions=inputs[1],
         )
         metadata = {}
         for group, names in self.attn_groups:
@@ -246,15 +276,13 @@ class DraftModel:
             metadata.update(dict.fromkeys(names, built))
         return metadata
 
-    def logits(
-        self, hidden: torch.Tensor, rows: np.ndarray, *, short: bool = False
-    ) -> torch.Tensor:
-        """Logits [M, vocab] of the rows int64 [M] of a forward.
+    def logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
+        """Logits [M, vocab] of hidden states [M, hidden].
 
         ``short`` asks for those of `short_ids` alone, where there are such.
         """
         del short
-        return self.model.compute_logits(hidden[torch.from_numpy(rows).to(hidden.device)])
+        return self.model.compute_logits(hidden)
 
     def cannot_wait(self, slot: int) -> bool:
         """Whether a request must read its text now, even if nothing is drafted for it."""
@@ -263,6 +291,7 @@ class DraftModel:
     def has_read(self, slot: int, tokens: int) -> None:
         """A request has read so many tokens of its text."""
 
+    @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_ouroboros.draft.alternatives import record_alternatives, top_alternatives
+from vllm_ouroboros.draft.alternatives import Choices, record_alternatives
 from vllm_ouroboros.draft.expansion import MAX_EXPANDED, Expansion
 from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.kv_cache import CatchUp, DraftCache
@@ -20,13 +20,10 @@ from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.trees.drafting import Drafting, RoundWidth
 from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 from vllm_ouroboros.trees.round_rows import Round
-from vllm_ouroboros.verify.acceptance import greedy
 from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    from vllm_ouroboros.verify.tree_step import TreeStep
 
 MAX_CATCH_UP = 16
 """Uncached tokens that a round may carry for a request; more are read ahead of the rounds."""
@@ -215,13 +212,13 @@ class DraftRounds:
         logits = self._logits(
             runner, slots, rows, out, total, wanted, expansion, short=ids is not None
         )
-        logits, of_expansion = logits[:wanted], logits[wanted:]
         with self.clock.phase("choose"):
+            choices = Choices(logits, wanted, ids, at_once=not logits.is_cpu)
             predicted = np.zeros(total, np.int64)
             index = out.logits_rows[:wanted]
-            predicted[index] = greedy(logits) if ids is None else ids[greedy(logits)]
+            predicted[index] = choices.tokens
             if sampling:
-                sampling.choose(slots, rows, out, logits, predicted)
+                sampling.choose(slots, rows, out, logits[:wanted], predicted)
         forward = self.clock.now() - start
         before = self.drafting.state.chain_len[slots]
         with self.clock.phase("absorb"):
@@ -232,10 +229,10 @@ class DraftRounds:
         if self.policy is not None:
             with self.clock.phase("alternatives"):
                 record_alternatives(
-                    self.drafting.state, slots, before, index, logits, sampling.drafts, ids
+                    self.drafting.state, slots, before, index, choices, sampling.drafts
                 )
                 if expansion is not None:
-                    tokens, probs = top_alternatives(of_expansion, ids)
+                    tokens, probs = choices.alternatives(np.arange(wanted, len(logits)))
                     expansion.record(self.drafting.state, tokens[:, 0], probs[:, 0])
             gained = self.drafting.state.chain_len[slots] - before
             self.policy.observe_round(float(gained.mean()))
@@ -294,21 +291,18 @@ class DraftRounds:
             total += expansion.rows
         starts, contexts = out.query_start_loc[: len(rows) + 1], out.context_lens[: len(rows)]
         with self.clock.phase("plan"):
-            tree = runner.tree_step(
-                np.arange(total), starts, contexts, step_mask(out.parents, starts), total,
-                save_kv=False,
-            )  # fmt: skip
+            mask = step_mask(out.parents, starts)
         of_forward = ForwardRows(
             slots, rows, out.tokens[:total], out.positions[:total], out.writes[:total], starts,
-            contexts, paths,
+            contexts, asked, paths,
         )  # fmt: skip
-        hidden = self._forward(runner, of_forward, tree)
+        hidden = self._forward(runner, of_forward, mask)
         with self.clock.model("draft"):
-            return self.draft.logits(hidden, asked, short=short)
+            return self.draft.logits(hidden, short=short)
 
     def _forward(
-        self, runner: GPUModelRunner, rows: ForwardRows, tree: TreeStep | None
+        self, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
     ) -> torch.Tensor:
         self.counters.draft_forwards += 1
         with self.clock.phase("draft_inputs"):
-            return self.draft.forward(self.clock, runner, rows, tree)
+            return self.draft.forward(self.clock, runner, rows, mask)

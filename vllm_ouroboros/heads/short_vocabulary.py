@@ -36,6 +36,10 @@ class ShortVocabulary(nn.Module):
             self._rows = _rows_of(lm_head, self.ids)
         return F.linear(hidden, self._rows)
 
+    def forget(self) -> None:
+        """Gather the rows anew: the LM head has other weights now."""
+        self._rows = None
+
     def logits(self, lm_head: VocabParallelEmbedding, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary]; those of tokens that are never drafted are minus infinity."""
         found = self.short_logits(lm_head, hidden)

@@ -301,8 +301,7 @@ class OuroborosProposer:
             if self.policy is not None and phrases is not None:
                 trees = step_trees.best_first_trees(self.drafting, self.policy, phrases, drafted)
             else:
-                nodes = runner.graph_tree_nodes(drafted.size)
-                trees = step_trees.fixed_trees(self.drafting, drafted, nodes, self.budget)
+                trees = step_trees.fixed_trees(self.drafting, drafted)
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             for request, row, tree in zip(found, rows, trees, strict=True):
                 request.tree = tree

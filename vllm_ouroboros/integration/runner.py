@@ -2,16 +2,15 @@
 
 vLLM's step is kept whole. Four of its stages are extended: after the batch is updated, requests
 are made known to the proposer; after the inputs are prepared, tree nodes get their positions;
-after the attention metadata is built, the tree mask is attached; sampling walks the trees and
-moves the accepted KV.
+after the attention metadata is built, the tree mask is attached (by each platform's own runner);
+sampling walks the trees and moves the accepted KV.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ from vllm.v1.sample import logits_processor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.metrics.forward_timer import ForwardTimer, HostTimer
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.policy.forward_costs import Costs, measure
-from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask
+from vllm_ouroboros.trees.draft_tree import DraftTree, depths
 from vllm_ouroboros.verify.acceptance import Verified, verify
 from vllm_ouroboros.verify.token_sampler import TokenSampler, build_processors
-from vllm_ouroboros.verify.tree_step import TreeStep, attach
+from vllm_ouroboros.verify.tree_step import MaskTensors, TreeStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -85,7 +85,12 @@ class TreeRunner(GPUModelRunner):
         self.verified: dict[str, Verified] = {}
         self.scheduled_tokens: dict[str, int] = {}
         self.drafted_tokens: dict[str, int] = {}  # those of them that were drafted
+        self.forward_timer = self.make_timer()
         self.hidden_states = torch.zeros(0)  # of the target's last forward, for draft heads
+
+    def make_timer(self) -> ForwardTimer:
+        """What takes the time of the target's forwards."""
+        return HostTimer()
 
     def _init_without_processors(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
         """vLLM's set-up, which ends with an error if it sees custom logits processors here."""
@@ -103,6 +108,11 @@ class TreeRunner(GPUModelRunner):
         if self.drafter.rounds is not None:
             self.drafter.rounds.draft.bind_kv_cache(self)
             self.drafter.rounds.cache.allocate(self.kv_cache_config.num_blocks)
+
+    def reload_weights(self, *args, **kwargs) -> None:
+        super().reload_weights(*args, **kwargs)
+        if self.drafter.draft is not None:
+            self.drafter.draft.target_changed()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -156,97 +166,69 @@ class TreeRunner(GPUModelRunner):
                 self.positions[index] = self.positions[root] + below
         return result
 
-    def _build_attention_metadata(self, *args, **kwargs):
-        metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        trees = self.trees
-        if trees is not None and trees.branching:
-            with self.drafter.clock.phase("tree"):
-                self._attach_trees(trees, metadata)
-        return metadata, common
-
-    def _attach_trees(self, trees: TreeBatch, metadata: dict[str, Any]) -> None:
-        rows, parents, query_start_loc = trees.layout
-        mask = step_mask(parents, query_start_loc)
-        requests = torch.tensor(trees.branching, device=self.device)
-        contexts = self.input_batch.num_computed_tokens_cpu[trees.branching]
-        draft_layers = set(self.drafter.draft.layer_names) if self.drafter.draft else set()
-        objects: dict[int, dict[str, Any]] = {}
-        for name, built in metadata.items():
-            if name not in draft_layers:
-                objects.setdefault(id(built), {})[name] = built
-        trees.steps = []
-        for layers in objects.values():
-            built = next(iter(layers.values()))
-            step = self.tree_step(rows, query_start_loc, contexts, mask, built.num_actual_tokens)
-            step.block_table = built.block_table[requests]
-            attach(layers, step)
-            trees.steps.append(step)
-
-    def tree_step(
+    def masked_step(
         self,
-        rows: np.ndarray,
         query_start_loc: np.ndarray,
         context_lens: np.ndarray,
         mask: np.ndarray,
-        num_rows: int,
-        *,
-        save_kv: bool = True,
+        on_device: MaskTensors,
     ) -> TreeStep:
-        """The trees of a forward as this platform's attention reads them; no block table yet.
+        """A step whose T rows all attend by masks, as this platform's attention reads it; without
+        a block table yet, and its KV stays where it is.
 
         Args:
-            rows: int64 [T], rows of the forward that belong to trees, request by request.
-            query_start_loc: int32 [R + 1], first tree row of each request.
+            query_start_loc: int32 [R + 1], first row of each request.
             context_lens: int32 [R], tokens in the KV cache before the step.
             mask: int32 [T, words] of `step_mask`.
-            num_rows: rows of the whole forward.
-            save_kv: whether accepted rows will be moved.
+            on_device: all three.
         """
         raise NotImplementedError
-
-    def graph_tree_nodes(self, num_requests: int) -> int:
-        """Nodes to which the trees of a batch should be padded, for a graph of that shape."""
-        return 0
 
     def _model_forward(self, *args, **kwargs):
         drafter = self.drafter
         drafter.counters.target_forwards += 1
-        start = time.perf_counter()
-        with drafter.clock.model("target"):
+        rows = sum(self.scheduled_tokens.values())
+        if drafter.policy is not None:  # until it is known
+            drafter.forward_seconds = drafter.policy.costs.target.at(rows)
+        with drafter.clock.model("target"), self.forward_timer:
             output = super()._model_forward(*args, **kwargs)
-        if drafter.policy is not None:
-            rows, curve = sum(self.scheduled_tokens.values()), drafter.policy.costs.target
-            seconds = curve.at(rows)
-            if self.device.type == "cpu":  # a device has only been told to run it
-                seconds = time.perf_counter() - start
-                if rows <= curve.sizes[-1]:
-                    curve.observe(rows, seconds)
-            drafter.forward_seconds = seconds
+        self._observe_forward()
         if drafter.head is not None:
             self.hidden_states = output[0] if isinstance(output, tuple) else output
         return output
+
+    def _observe_forward(self) -> None:
+        """Tell the policy how long the target's forward of this step took, once that is known."""
+        seconds, policy = self.forward_timer.take(), self.drafter.policy
+        if seconds is None or policy is None:
+            return
+        rows, curve = sum(self.scheduled_tokens.values()), policy.costs.target
+        if rows <= curve.sizes[-1]:
+            curve.observe(rows, seconds)
+        self.drafter.forward_seconds = seconds
 
     def measure_costs(self) -> None:
         """Measure forwards of both models for the policy, if there is to be one."""
         if not self.drafter.config.adaptive:
             return
 
-        def target(rows: int) -> None:
-            self._dummy_run(rows)
-            self._wait()
+        draft, most = self.drafter.draft, self.max_num_tokens
+        of_target = measure(self._idle_target, most, graphs=self.graph_sizes)
+        of_draft = measure(self._idle_draft, most) if draft is not None else None
+        self.drafter.set_policy(Policy(Costs(of_target, of_draft)))
 
-        def draft(rows: int) -> None:
-            self.drafter.warm_up(rows)
-            self._wait()
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Rows of the graphs that steps with trees are padded to, ascending."""
+        return []
 
-        most = self.max_num_tokens
-        curves = measure(target, most), measure(draft, most) if self.drafter.draft else None
-        self.drafter.set_policy(Policy(Costs(*curves)))
+    def _idle_target(self, rows: int) -> None:
+        """Run a forward of the target for nobody, and wait for it."""
+        self._dummy_run(rows)
 
-    def _wait(self) -> None:
-        """Wait for what the device was told to run."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _idle_draft(self, rows: int) -> None:
+        """The same for the draft model."""
+        self.drafter.warm_up(rows)
 
     # -- outputs -------------------------------------------------------------------------------
 
@@ -277,20 +259,22 @@ class TreeRunner(GPUModelRunner):
             return
         computed = self.input_batch.num_computed_tokens_cpu
         moves = []
-        first = 0
-        for index, r in enumerate(trees.branching):
+        for r, (index, root) in zip(trees.branching, self._roots(trees), strict=True):
             found = verified[r]
             if found is not None:
                 base = int(computed[r]) + 1
                 moves += [
-                    (index, first + 1 + node, base + depth)
+                    (index, root + 1 + node, base + depth)
                     for depth, node in enumerate(found.path.tolist())
                     if node != depth
                 ]
-            first += 1 + len(trees.trees[r].tokens)  # type: ignore[union-attr]
         if moves:
             for step in trees.steps:
                 step.write(torch.tensor(moves))
+
+    def _roots(self, trees: TreeBatch) -> list[tuple[int, int]]:
+        """For each tree with branches: its request's number and its root's row in the step."""
+        raise NotImplementedError
 
     def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
         return common_attn_metadata is not None  # the limits are kept per request

@@ -82,20 +82,7 @@ def best_first_trees(
     return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 
 
-def fixed_trees(
-    drafting: Drafting, batch: DraftBatch, graph_nodes: int, budget: int
-) -> list[DraftTree]:
-    """Trees as large as they may be: chain, suffixes, and phrases at the root.
-
-    Args:
-        drafting: holds chains and phrases.
-        batch: the requests.
-        graph_nodes: nodes that a CUDA graph wants of each tree of this batch; 0 for any.
-        budget: most nodes of a tree.
-    """
-    state = drafting.state
+def fixed_trees(drafting: Drafting, batch: DraftBatch) -> list[DraftTree]:
+    """Trees as large as they may be: chain, suffixes, and phrases at the root."""
     drafting.build(batch.slots, batch.rows, batch.token_ids)
-    uniform = len(batch.slots) == batch.size and not state.chain_only[batch.slots].any()
-    uniform = uniform and bool((state.node_limit[batch.slots] == budget).all())
-    wanted = graph_nodes if uniform else 0
-    return [drafting.tree(slot).padded(wanted) for slot in batch.slots.tolist()]
+    return [drafting.tree(slot) for slot in batch.slots.tolist()]

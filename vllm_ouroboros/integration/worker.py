@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from vllm_ouroboros.integration.runner import TreeRunner
 
 
-def replace_backend(backend: AttentionBackendEnum, path: str) -> None:
-    """Let the class ``path`` serve whoever asks vLLM for ``backend``, in this process."""
-    register_backend(backend, path)
-    selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
-
-
 class OuroborosWorkerMixin:
     """Mixed into a vLLM worker: the end of an engine, and what `vllm_ouroboros` asks for."""
 
     model_runner: TreeRunner
+    backends: ClassVar[dict[AttentionBackendEnum, str]]
+    """Our attention backends, by the ones of vLLM in whose place they serve this process."""
+
+    def init_device(self) -> None:
+        """As vLLM does, with our attention backends."""
+        for backend, path in self.backends.items():
+            register_backend(backend, path)
+        selector._cached_get_attn_backend.cache_clear()  # another engine of this process filled it
+        super().init_device()  # type: ignore[misc]
 
     def compile_or_warm_up_model(self):
         """As vLLM does, then measure what forwards cost."""
@@ -29,10 +32,13 @@ class OuroborosWorkerMixin:
         return result
 
     def shutdown(self) -> None:
-        """Save the phrase pool, then end as vLLM does."""
+        """Save the phrase pool, then end as vLLM does; a later engine gets vLLM's backends."""
         runner = getattr(self, "model_runner", None)  # absent if the start failed
         if runner is not None:
             runner.drafter.shut_down()
+        for backend in self.backends:
+            backend.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
         super().shutdown()  # type: ignore[misc]
 
     def ouroboros_stats(self) -> dict[str, int]:

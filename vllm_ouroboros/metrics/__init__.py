@@ -1,4 +1,5 @@
-"""What is counted and timed: `counters` of the engine's life, `step_clock` for a step's time.
+"""What is counted and timed: `counters` of the engine's life, `step_clock` for a step's time,
+`forward_timer` for a forward's.
 
 Written by `integration` and `draft`, read by ``vllm_ouroboros.stats`` and the scripts; never
 imports vLLM or torch.

@@ -28,7 +28,10 @@ MAX_DEVIATION = 3.0  # an observation counts as at most so many times what was e
 
 
 def measure(
-    run: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
+    run: Callable[[int], object],
+    most: int,
+    clock: Callable[[], float] = time.perf_counter,
+    graphs: Sequence[int] = (),
 ) -> CostCurve:
     """Time forwards of up to ``most`` rows; the fastest of some runs of each size counts.
 
@@ -38,6 +41,7 @@ def measure(
         run: runs a forward of so many rows and waits for it.
         most: rows that a forward can have.
         clock: seconds.
+        graphs: see `CostCurve`.
     """
     begin = clock()
     sizes: list[int] = []
@@ -53,7 +57,7 @@ def measure(
             times.append(clock() - start)
         sizes.append(size)
         seconds.append(min(times))
-    return CostCurve(sizes, seconds)
+    return CostCurve(sizes, seconds, graphs=graphs)
 
 
 @dataclass
@@ -63,6 +67,7 @@ class CostCurve:
     Attributes:
         sizes: rows, ascending.
         seconds: measured for each.
+        graphs: rows of the graphs that forwards are padded to, ascending; larger ones are not.
         factor: what forwards took online, against this; see `observe`.
         observed: how many of them there were.
     """
@@ -71,6 +76,7 @@ class CostCurve:
     seconds: Sequence[float]
     factor: float = 1.0
     observed: int = 0
+    graphs: Sequence[int] = ()
     _table: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
@@ -119,6 +125,9 @@ class CostCurve:
         if rows >= len(self._table):
             last = self.sizes[-1]
             asked = np.arange(2 * max(rows, int(last)) + 1, dtype=float)
+            if len(self.graphs):
+                padded = asked[: self.graphs[-1] + 1]
+                padded[:] = np.asarray(self.graphs)[np.searchsorted(self.graphs, padded)]
             self._table = np.interp(asked, self.sizes, self.seconds)
             if len(self.sizes) == 1:
                 self._table *= np.maximum(1.0, asked / last)

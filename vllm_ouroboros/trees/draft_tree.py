@@ -23,7 +23,6 @@ class NodeSource(IntEnum):
     TARGET = 0  # not a node: the token that the target adds after the accepted path
     DRAFT = 1
     SUFFIX = 2
-    PADDING = 3  # makes up a size that a captured graph wants
 
 
 class DraftTree(NamedTuple):
@@ -45,15 +44,6 @@ class DraftTree(NamedTuple):
     def is_chain(self) -> bool:
         """Whether every node continues the one before it."""
         return bool((self.parents == np.arange(-1, len(self.parents) - 1)).all())
-
-    def padded(self, size: int) -> DraftTree:
-        """A tree of at least ``size`` nodes: repeats the first one, which a walk finds before."""
-        missing = max(0, size - len(self.tokens))
-        token = self.tokens[0] if len(self.tokens) else 0
-        fill = ((self.tokens, token), (self.parents, ROOT), (self.sources, NodeSource.PADDING))
-        if not missing:
-            return self
-        return DraftTree(*(np.append(a, np.full(missing, v, np.int32)) for a, v in fill))
 
     def prefix(self, size: int) -> DraftTree:
         """The tree of the first ``size`` nodes."""

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import torch
 
+MaskTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""First rows int32 [R + 1], context lengths int32 [R] and mask int32 [T, words] on a device."""
+
 
 class TreeStep(Protocol):
     """The trees of one forward, on any platform."""

@@ -1,7 +1,8 @@
 """The CUDA path without a device: its runner, steps, graphs and kernels in an engine on the CPU.
 
 Kernels run in Triton's interpreter. Only what needs a device is replaced: vLLM's attention for
-rows without trees (by the oracle), and the capture of a graph (by calling the function again).
+rows without trees (by the oracle), and graphs: the draft model's by calling the function again,
+the target's by running it on the padded rows and the static buffers that a graph would read.
 Run as a program by `test_cuda_path.py`; prints one JSON line.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import ClassVar
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -18,6 +20,7 @@ import triton  # noqa: F401  (before vLLM looks for it)
 import vllm.v1.worker.cpu.shm  # noqa: F401
 from llvmlite.binding import ffi
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import cpu_worker
@@ -28,14 +31,14 @@ from vllm_ouroboros.draft import cuda_graphs as draft_graphs
 from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 from vllm_ouroboros.integration import compat
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPUWorker
-from vllm_ouroboros.integration.cuda_worker import OuroborosCUDARunner
-from vllm_ouroboros.integration.worker import replace_backend
+from vllm_ouroboros.integration.cuda_runner import OuroborosCUDARunner
+from vllm_ouroboros.integration.runner import TreeRunner
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
 from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
-CALLS = {"tree": 0, "static": 0, "replays": 0, "walks": 0}
+CALLS = {"tree": 0, "graphs": 0, "padded": 0, "mixed": 0, "replays": 0, "walks": 0}
 draft_graphs.SIZES = 32, 96  # interpreted rows take long
 
 
@@ -117,7 +120,11 @@ class Runner(OuroborosCUDARunner, CPUModelRunner):
                 draft.max_len,
             )
             more = draft.further_inputs(draft_graphs.SIZES[-1])
-            draft.graphs = DraftGraphs(static, table.shape[1], draft.masked, more, capture)
+            draft.graphs = DraftGraphs(static, table.shape[1], capture, draft.masked, more)
+
+    make_timer = TreeRunner.make_timer
+    _idle_target = TreeRunner._idle_target
+    _idle_draft = TreeRunner._idle_draft
 
     def execute_model(self, *args, **kwargs):
         draft = self.drafter.draft
@@ -125,13 +132,18 @@ class Runner(OuroborosCUDARunner, CPUModelRunner):
             draft.graphs.capture()
         return super().execute_model(*args, **kwargs)
 
-    def _build_attention_metadata(self, *args, **kwargs):
-        metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        width = self.uniform_decode_query_len
-        if kwargs["num_tokens"] == width * kwargs["num_reqs"] and kwargs["max_query_len"] == width:
-            CALLS["static"] += 1
-            self._attach_static(metadata, kwargs["num_reqs"])
-        return metadata, common
+    def _check_and_update_cudagraph_mode(self, *args, **kwargs) -> None:
+        settings = self.compilation_config
+        settings.cudagraph_capture_sizes = [1, 2, 4, 8, 16, 24]
+        settings.max_cudagraph_capture_size = 24
+        self.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
+
+    def _attach_masks(self, metadata, num_reqs, graph_rows) -> None:
+        rows = int(self.query_start_loc.np[num_reqs])
+        CALLS["graphs"] += graph_rows is not None
+        CALLS["padded"] += graph_rows is not None and graph_rows > rows
+        CALLS["mixed"] += num_reqs < len(self.input_batch.req_ids)
+        super()._attach_masks(metadata, num_reqs, graph_rows)
 
     def _sample(self, *args):
         CALLS["walks"] += self.trees is not None and any(self.trees.trees)
@@ -141,8 +153,9 @@ class Runner(OuroborosCUDARunner, CPUModelRunner):
 class Worker(OuroborosCPUWorker):
     """The CPU worker with that runner."""
 
+    backends: ClassVar = {AttentionBackendEnum.CPU_ATTN: f"{__name__}.Backend"}
+
     def init_device(self) -> None:
-        replace_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.Backend")
         original, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, Runner
         try:
             super(OuroborosCPUWorker, self).init_device()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -31,12 +31,12 @@ class Case:
     batch: int
     tokens: int
     called: set[str]
+    engine: dict = field(default_factory=dict)
 
 
 CASES = (
-    # one request at a time, every step has as many rows as a graph of trees
     Case(
-        "full graphs",
+        "one request at a time",
         4,
         {
             "draft_model": str(PAIR / "draft"),
@@ -47,7 +47,7 @@ CASES = (
         },
         1,
         10,  # drafts take long in the interpreter
-        {"tree", "static", "replays", "walks"},
+        {"tree", "graphs", "padded", "replays", "walks"},
     ),
     Case(
         "a batch without a draft model",
@@ -55,7 +55,7 @@ CASES = (
         {"draft_model": None, "adaptive": False},
         3,
         24,
-        {"tree", "walks"},
+        {"tree", "graphs", "padded", "walks"},
     ),
     Case(
         "a draft head",
@@ -65,7 +65,15 @@ CASES = (
         10,
         {"tree", "replays", "walks"},
     ),
-    Case("adaptive", 8, {"draft_model": None}, 2, 24, {"tree", "walks"}),
+    Case(
+        "adaptive trees beside chunks of prompts",
+        8,
+        {"draft_model": None},
+        3,
+        24,
+        {"tree", "graphs", "padded", "mixed", "walks"},
+        {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
+    ),
 )
 
 
@@ -78,6 +86,7 @@ def test_equals_vanilla(case, prompts, vanilla, tools) -> None:
     job = {
         "engine": {
             **tools.BASE,
+            **case.engine,
             "max_num_seqs": case.batch,
             "speculative_config": {"model": tools.PROPOSER, "num_speculative_tokens": case.nodes},
             "additional_config": {"ouroboros": case.options},

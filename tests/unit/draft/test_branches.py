@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_ouroboros.draft.sampling import DraftSampling
-from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.drafting import Drafting
@@ -124,8 +122,7 @@ def runner_of(params: SamplingParams):
     batch = input_batch(VOCAB, LogitsProcessors())
     batch.add_request(state)
     batch.refresh_metadata()
-    tree_step = partial(OuroborosCPURunner.tree_step, None)
-    return SimpleNamespace(input_batch=batch, tree_step=tree_step), state
+    return SimpleNamespace(input_batch=batch), state
 
 
 def one(sampler, live, request, path, logits) -> int:

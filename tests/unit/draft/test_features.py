@@ -7,20 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.draft.features import MAX_BYTES, TextFeatures
+from vllm_ouroboros.draft.expansion import MAX_PATHS
+from vllm_ouroboros.draft.features import MAX_BYTES, HeadFeatures
+from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
 
 
-def make(requests: int = 1, longest: int = 60, hidden: int = 2) -> TextFeatures:
-    return TextFeatures(requests, longest, hidden, torch.float32, "cpu")
+def make(requests: int = 1, longest: int = 60, hidden: int = 2) -> HeadFeatures:
+    return HeadFeatures(requests, longest, 5, hidden, torch.float32, "cpu")
 
 
-def add(features: TextFeatures, slot: int, first: int, rows: torch.Tensor) -> None:
+def add(features: HeadFeatures, slot: int, first: int, rows: torch.Tensor) -> None:
     features.add(np.array([slot]), np.array([first]), np.array([len(rows)]), rows)
 
 
-def before(features: TextFeatures, slot: int, first: int, end: int) -> list[float]:
+def before(features: HeadFeatures, slot: int, first: int, end: int) -> list[float]:
     places = np.arange(first, end)
-    return features.before(np.full(len(places), slot), places)[:, 0].tolist()
+    slots = np.full(len(places), slot)
+    rows = torch.from_numpy(features.before(slots, places))
+    return features.read_text(rows, slots, places)[:, 0].tolist()
 
 
 @given(st.data())
@@ -72,9 +76,27 @@ def test_places_that_come_again_have_the_new_features() -> None:
 
 
 def test_a_text_that_nobody_reads_keeps_its_last_features() -> None:
-    features = TextFeatures(2**9, 2**20, 2**10, torch.float32, "cpu")
+    features = HeadFeatures(2**9, 2**20, 5, 2**10, torch.float32, "cpu")
     assert features.most == MAX_BYTES // 2**21
     for place in range(100):
         add(features, 7, place, torch.full((1, 2**10), float(place)))
     assert features.waiting(7) == features.most
     assert before(features, 7, 99, 101) == [98, 99]
+
+
+def test_each_place_of_chains_and_paths_has_a_row() -> None:
+    """Of three requests with chains of up to 5; places that none can have share one."""
+    features = make(3)
+    slots, places = (a.ravel() for a in np.meshgrid(np.arange(3), np.arange(6)))
+    of_chains = features.of_chain(slots, places)
+    every = np.meshgrid(np.arange(3), np.arange(MAX_PATHS), np.arange(NUM_FOLLOWING - 1))
+    of_paths = features.of_paths(*(a.ravel() for a in every))
+    of_text = features.before(np.zeros(1, np.int64), np.zeros(1, np.int64))
+    rows = np.concatenate([of_chains, of_paths, of_text, [features.nowhere]])
+    assert len(set(rows.tolist())) == len(rows) and rows.min() >= 3 * features.most
+    slot = np.zeros(2, np.int64)
+    assert (features.of_chain(slot, np.array([-1, 6])) == features.nowhere).all()
+    far = features.of_paths(slot, slot, np.array([-1, NUM_FOLLOWING - 1]))
+    assert (far == features.nowhere).all()
+    features.keep(torch.from_numpy(of_chains), torch.arange(18.0)[:, None].expand(-1, 2))
+    assert features.read(torch.from_numpy(of_chains))[:, 0].tolist() == [*range(18)]

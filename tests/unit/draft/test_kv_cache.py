@@ -90,8 +90,8 @@ def test_texts_are_read_in_forwards_of_bounded_size() -> None:
     assert batch.state.cached.tolist() == [14, 8, 2]
     seen: list[tuple[int, int]] = []
     for _, forward, tree in batch.forwards:
-        slots, rows, tokens, positions, writes, starts, contexts, paths = forward
-        assert tree is None and paths is None
+        slots, rows, tokens, positions, writes, starts, contexts, asked, paths = forward
+        assert tree is None and paths is None and not len(asked)
         assert slots.tolist() == rows.tolist()  # here they are the same
         assert len(tokens) <= 8
         assert positions is writes

@@ -51,12 +51,12 @@ class FakeDraft:
     def slot(self, blocks, position: int) -> int:
         return int(blocks[position // BLOCK]) * BLOCK + position % BLOCK
 
-    def forward(self, clock, runner, rows, tree):
-        """Sequences that the rows see, in the place of hidden states."""
+    def forward(self, clock, runner, rows, mask):
+        """Sequences that the rows asked for see, in the place of hidden states."""
         del clock
-        _, requests, tokens, positions, writes, query_start_loc, context_lens, _ = rows
+        _, requests, tokens, positions, writes, query_start_loc, context_lens, asked, _ = rows
         self.forwards += 1
-        if tree is None or len(requests) > 1:  # a round of one request may need more
+        if mask is None or len(requests) > 1:  # a round of one request may need more
             assert len(tokens) <= self.max_rows
         table = runner.input_batch.block_table[0].table
         seen: list[tuple[int, ...]] = []
@@ -69,9 +69,9 @@ class FakeDraft:
             assert len(past) == context
             for i in range(end - first):
                 path = range(i + 1)
-                if tree is not None:
-                    mask = tree.mask[first + i].view(np.uint32)
-                    path = [j for j in range(end - first) if mask[j // 32] >> (j % 32) & 1]
+                if mask is not None:
+                    bits = mask[first + i].view(np.uint32)
+                    path = [j for j in range(end - first) if bits[j // 32] >> (j % 32) & 1]
                     assert path[-1] == i
                 sequence = (*past, *(int(tokens[first + j]) for j in path))
                 assert positions[first + i] == min(len(sequence), self.max_len) - 1
@@ -81,20 +81,12 @@ class FakeDraft:
                     assert writes[i] == len(seen[i]) - 1
                     self.kv[self.slot(table[row], int(writes[i]))] = seen[i]
         assert len(seen) == len(tokens)
-        if tree is not None:
-            tree.block_table = torch.from_numpy(table[requests])
-            tree.saved_kv["layer"] = SimpleNamespace(
-                kv_cache=torch.empty(1, 1, BLOCK, 2),
-                write=lambda rows, slots: self.kv.update(
-                    {int(s): seen[int(row)] for row, s in zip(rows, slots, strict=True)}
-                ),
-            )
-        return seen
+        return [seen[row] for row in asked.tolist()]
 
-    def logits(self, hidden, rows, *, short):
+    def logits(self, hidden, *, short):
         """Logits, and in a last column the place of their row's sequence in ``asked``."""
         assert not short
-        self.asked = [hidden[row] for row in rows.tolist()]
+        self.asked = hidden
         whole = [[*self.model.logits(seen), -1000 - i] for i, seen in enumerate(self.asked)]
         return torch.tensor(whole).reshape(len(self.asked), self.model.vocab + 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 
 from vllm_ouroboros.draft.rounds import MAX_CATCH_UP
 from vllm_ouroboros.integration import proposer as module
-from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
 from vllm_ouroboros.integration.proposer import OuroborosProposer
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, NodeSource, child_of
 from vllm_ouroboros.trees.request_state import BRANCHES
@@ -55,10 +53,7 @@ class Table:
 
 
 def runner(**more) -> SimpleNamespace:
-    tree_step = partial(OuroborosCPURunner.tree_step, None)
-    return SimpleNamespace(
-        device=torch.device("cpu"), tree_step=tree_step, graph_tree_nodes=lambda _: 0, **more
-    )
+    return SimpleNamespace(device=torch.device("cpu"), **more)
 
 
 def bound(proposer: OuroborosProposer, processors=(), **more) -> OuroborosProposer:

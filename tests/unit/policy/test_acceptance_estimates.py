@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.draft.alternatives import top_alternatives
 from vllm_ouroboros.policy.acceptance_estimates import (
     MAX_RATE,
     PRIOR,
@@ -26,7 +24,6 @@ from vllm_ouroboros.trees.node_kinds import (
     grade,
     kind_of,
 )
-from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
 from ..helpers.policy_fakes import SURE, text, tree_of
 
@@ -134,12 +131,3 @@ def test_what_is_not_seen_again_is_tried_again() -> None:
     for _ in range(3000):
         estimates.decay()
     assert estimates.rates([CalibrationBias()])[0, SURE] == pytest.approx(PRIOR[SURE], abs=0.05)
-
-
-def test_the_draft_model_says_what_it_thinks_of() -> None:
-    logits = torch.stack([torch.randperm(7) for _ in range(5)]).bfloat16()  # no ties
-    first, odds = top_alternatives(logits)
-    wanted = logits.float().softmax(-1).topk(NUM_ALTERNATIVES + 1)
-    np.testing.assert_allclose(odds, wanted.values, rtol=1e-5)
-    assert (first[:, 0] == logits.argmax(-1).numpy()).all()
-    assert top_alternatives(logits[:, :2])[0].shape == (5, 2)

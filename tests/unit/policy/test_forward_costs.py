@@ -93,3 +93,10 @@ def test_costs_are_saved_beside_the_pool(tmp_path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="no costs"):
         read_costs(path)
+
+
+def test_forwards_are_padded_to_their_graphs() -> None:
+    """Rows up to a graph's size cost what it costs; behind the largest each counts again."""
+    curve = CostCurve([1, 2, 4, 8, 16], [1.0, 2.0, 4.0, 8.0, 16.0], graphs=[1, 4, 8])
+    assert curve.table(10).tolist() == [0, 1, 4, 4, 4, 8, 8, 8, 8, 9, 10]
+    assert curve.at(3) == 4

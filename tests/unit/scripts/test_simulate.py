@@ -103,10 +103,13 @@ def test_logits_give_the_recorded_probabilities(traces) -> None:
     tokens, positions = np.zeros(3, np.int32), np.array([5, 6, 40])
     starts = np.array([0, 2, 3], np.int32)
     slots = contexts = np.zeros(2, np.int64)
-    rows = ForwardRows(slots, np.array([0, 1]), tokens, positions, positions, starts, contexts)
+    asked = np.array([1, 2])
+    rows = ForwardRows(
+        slots, np.array([0, 1]), tokens, positions, positions, starts, contexts, asked
+    )
     hidden = draft.forward(None, None, rows, None)
     assert watch.seconds == pytest.approx(costs().round(3))
-    said = draft.logits(hidden, np.array([1, 2])).softmax(-1)
+    said = draft.logits(hidden).softmax(-1)
     for row, (text, place) in zip(said, [(trace.texts[0], 6), (trace.texts[1], 40)], strict=True):
         assert row.argmax() == text.first[place, 0]
         expected = np.maximum(text.odds[place], 1e-4)

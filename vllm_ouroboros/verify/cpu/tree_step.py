@@ -100,6 +100,22 @@ class CPUTreeStep:
     saved_kv: dict[str, TreeRowKV] = field(default_factory=dict)
     linear: LinearRows | None = None  # the other rows, once a layer has asked for them
 
+    @classmethod
+    def of(
+        cls,
+        rows: np.ndarray,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        block_table: torch.Tensor,
+        mask: np.ndarray,
+        num_rows: int,
+    ) -> CPUTreeStep:
+        """A step of arrays of any integers; arguments as the attributes."""
+        return cls(
+            torch.from_numpy(rows), query_start_loc.astype(np.int64),
+            context_lens.astype(np.int64), block_table, mask, num_rows,
+        )  # fmt: skip
+
     @property
     def covers_all(self) -> bool:
         """Whether no row of the forward needs the native kernel."""

@@ -14,7 +14,10 @@ import torch
 from vllm_ouroboros.kernels.tree_accept import accept_trees, choose_tokens
 from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.verify.acceptance import Verified
-from vllm_ouroboros.verify.cuda.tree_step import to_device
+from vllm_ouroboros.verify.host_arrays import to_device
+
+USUAL_STOPS = 4
+"""Ids that end a text, of nearly all requests; more of them compile the kernel anew."""
 
 
 class Walked(NamedTuple):
@@ -46,6 +49,7 @@ def walk_on_device(
     rows: np.ndarray,
     trees: list[DraftTree | None],
     stops: list[frozenset[int]],
+    max_nodes: int,
 ) -> Walked:
     """Choose and walk for a batch; nothing is awaited.
 
@@ -54,6 +58,7 @@ def walk_on_device(
         rows: int64 [R], first row of each request; a tree's node i has row ``rows[r] + 1 + i``.
         trees: the tree of each request, or None: its first row is all that counts.
         stops: ids that end each request's text.
+        max_nodes: most nodes of a tree of this engine: kernels are compiled for it.
     """
     num_rows, num_requests = logits.shape[0], len(trees)
     tokens = np.zeros(num_rows, np.int32)
@@ -62,17 +67,16 @@ def walk_on_device(
         if tree is not None:
             own = slice(first + 1, first + 1 + len(tree.tokens))
             tokens[own], parents[own] = tree.tokens, tree.parents + 1
-    ends = np.full((num_requests, max([1, *map(len, stops)])), -1, np.int32)
+    ends = np.full((num_requests, max([USUAL_STOPS, *map(len, stops)])), -1, np.int32)
     for r, ids in enumerate(stops):
         ends[r, : len(ids)] = sorted(ids)
     starts = np.append(rows, num_rows).astype(np.int32)
     depth = np.zeros(num_rows, np.int32)  # of no account without noise
     on = to_device(logits.device, tokens, parents, starts, ends, depth)
-    deepest = max((len(tree.tokens) for tree in trees if tree is not None), default=1)
     ints = {"dtype": torch.int32, "device": logits.device}
     walked = Walked(
-        torch.empty(num_requests, deepest, **ints),
-        torch.empty(num_requests, deepest + 1, **ints),
+        torch.empty(num_requests, max_nodes, **ints),
+        torch.empty(num_requests, max_nodes + 1, **ints),
         torch.empty(num_rows, **ints),
     )
     choose_tokens(logits, on[2], on[4], None, walked.predicted)

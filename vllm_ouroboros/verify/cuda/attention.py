@@ -1,14 +1,17 @@
 """Tree attention on CUDA devices: vLLM's backends, with tree rows in our Triton kernel.
 
-Rows of a request that branches attend by mask, in `kernels.tree_attention`. Everything else
-(prefill, plain decode, chains) stays with the backend that vLLM chose. A forward's tree travels as
-`CUDATreeStep` on the attention metadata; a forward of trees alone calls our kernel only.
+In a forward with trees, the rows of all requests that are no long prompts attend by masks, in one
+launch of `kernels.tree_attention`; vLLM has put these requests first. What is behind them, and
+every forward without trees and graphs, stays with the backend that vLLM chose.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -19,6 +22,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
 )
+from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_layers
@@ -27,6 +31,23 @@ from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 """Types of a quantised KV cache that the kernel reads, by vLLM's name."""
+
+
+@dataclass
+class MaskedFirst:
+    """Metadata of a forward whose first rows attend by masks.
+
+    Attributes:
+        others: vLLM's own metadata of the rows behind them; None: there are none.
+        block_table: int32 [R, max_blocks], of the requests that attend by masks.
+        slot_mapping: int64, KV slots of all rows.
+        tree: their masks, once they are known.
+    """
+
+    others: Any
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    tree: CUDATreeStep | None = None
 
 
 class TreeRows:
@@ -77,32 +98,28 @@ class TreeRows:
     ):
         """See `AttentionImpl.forward`; shapes as there."""
         tree: CUDATreeStep | None = getattr(attn_metadata, "tree", None)
-        if tree is None or tree.rows is not None:
-            super().forward(  # type: ignore[misc]
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
+        first, others = 0, attn_metadata
         if tree is not None:
             self._attend(tree, layer, query, key, value, kv_cache, attn_metadata, output)
+            first, others = tree.num_rows, getattr(attn_metadata, "others", None)
+        if tree is None or others is not None:
+            super().forward(  # type: ignore[misc]
+                layer, query[first:], key[first:], value[first:], kv_cache, others, output[first:],
+                output_scale, output_block_scale,
+            )  # fmt: skip
         return output
 
     def _attend(self, tree, layer, query, key, value, kv_cache, attn_metadata, output) -> None:
-        """Attention of the tree rows, into ``output``."""
+        """Attention of the first rows by masks, into ``output``."""
         keys, values = self.split_cache(kv_cache)
-        shape = (-1, self.num_heads, self.head_size)
-        if tree.rows is None:
-            query, key, value = (t[: tree.num_rows] for t in (query, key, value))
-            out = output.view(shape)[: tree.num_rows]
-        else:
-            query, key, value = (t.index_select(0, tree.rows) for t in (query, key, value))
-            out = torch.empty_like(query)
+        query, key, value = (t[: tree.num_rows] for t in (query, key, value))
+        out = output.view(-1, self.num_heads, self.head_size)[: tree.num_rows]
         k_scale = v_scale = None
         if keys.dtype in FP8.values():
             k_scale, v_scale = layer._k_scale, layer._v_scale
             slots = getattr(attn_metadata, "slot_mapping", None)
             if slots is not None:  # the target: rows see each other as a later step will see them
-                slots = slots[: tree.num_rows] if tree.rows is None else slots[tree.rows]
-                slots = slots.clamp(min=0)
+                slots = slots[: tree.num_rows].clamp(min=0)
                 page, place = slots // keys.shape[1], slots % keys.shape[1]
                 key, value = keys[page, place], values[page, place]
         window = self.sliding_window[0]
@@ -114,8 +131,6 @@ class TreeRows:
             k_scale=k_scale, v_scale=v_scale, depths=tree.depths() if window >= 0 else None,
             max_query_len=tree.max_query_len, max_context_len=tree.max_context_len,
         )  # fmt: skip
-        if tree.rows is not None:
-            output.view(shape).index_copy_(0, tree.rows, out)
 
     def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [num_blocks, block_size, Hkv, D], views of a layer's cache.
@@ -145,16 +160,57 @@ class TreeFlashImpl(TreeRows, FlashAttentionImpl):
             )
 
 
-class TreeTritonBuilder(TritonAttentionMetadataBuilder):
-    """Full CUDA graphs for uniform batches of trees; see `OuroborosCUDARunner`."""
+class TreeBuilder:
+    """Mixed into a metadata builder of vLLM's: leaves out the rows that attend by masks.
+
+    Attributes:
+        masked: requests at the front of the batch whose rows attend by masks; 0 for vLLM's own
+            metadata. The runner sets it around the building of a forward's metadata.
+    """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table = False  # it would copy the metadata of another group
+    masked = 0
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, **kwargs) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)  # type: ignore[call-arg]
+        # vLLM puts requests of so few rows first, in front of prompts
+        self.reorder_batch_threshold = 1 + vllm_config.num_speculative_tokens
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """See `AttentionMetadataBuilder.build`."""
+        common, masked, others = common_attn_metadata, self.masked, None
+        if not masked:
+            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
+        if masked < common.num_reqs:
+            first = int(common.query_start_loc_cpu[masked])
+            behind = UBatchSlice(
+                slice(masked, common.num_reqs), slice(first, common.num_actual_tokens)
+            )
+            [rest] = split_attn_metadata([behind], common)
+            if (ranges := common.mm_req_doc_ranges) is not None:  # these it leaves out
+                rest.mm_req_doc_ranges = {r - masked: of for r, of in ranges.items() if r >= masked}
+            others = super().build(common_prefix_len, rest, fast_build)  # type: ignore[misc]
+        return MaskedFirst(others, common.block_table_tensor[:masked], common.slot_mapping)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """See `AttentionMetadataBuilder.build_for_cudagraph_capture`."""
+        if self.masked:
+            return self.build(0, common_attn_metadata)
+        return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
 
 
-class TreeFlashBuilder(FlashAttentionMetadataBuilder):
-    """The same for FlashAttention."""
+class TreeTritonBuilder(TreeBuilder, TritonAttentionMetadataBuilder):
+    """For vLLM's Triton attention."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+class TreeFlashBuilder(TreeBuilder, FlashAttentionMetadataBuilder):
+    """For FlashAttention."""
 
 
 class TreeTritonBackend(TritonAttentionBackend):

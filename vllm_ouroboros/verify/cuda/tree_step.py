@@ -9,35 +9,16 @@ import torch
 
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_compact
 from vllm_ouroboros.kernels.tree_attention import count_depths
-
-ALIGNMENT = 4  # int32
-
-
-def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Tensors of int32 arrays on a device, by one copy that the host does not wait for.
-
-    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
-    """
-    rooms = [-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays]
-    flat = np.zeros(sum(rooms), np.int32)
-    for array, end, room in zip(arrays, np.cumsum(rooms), rooms, strict=True):
-        flat[end - room : end - room + array.size] = array.ravel()
-    packed = torch.from_numpy(flat)
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    packed = packed.to(device, non_blocking=True)
-    parts = zip(packed.split(rooms), arrays, strict=True)
-    return [part[: array.size].view(array.shape) for part, array in parts]
+from vllm_ouroboros.verify.host_arrays import to_device
+from vllm_ouroboros.verify.tree_step import MaskTensors
 
 
 @dataclass
 class CUDATreeStep:
-    """The trees of one forward: T tree rows of R requests.
+    """The rows of one forward that attend by masks: its first T, of its first R requests.
 
     Attributes:
-        rows: int64 [T], rows of the forward that belong to trees, request by request; None: the
-            forward begins with them, and has no others.
-        query_start_loc: int32 [R + 1], first tree row of each request.
+        query_start_loc: int32 [R + 1], first row of each request.
         context_lens: int32 [R], tokens of each request in the KV cache before the step.
         block_table: int32 [R, max_blocks].
         mask: int32 [T, words], see `kernels.reference.tree_attention`.
@@ -46,7 +27,6 @@ class CUDATreeStep:
         layers: where the KV of the step's layers lies, one table for each geometry.
     """
 
-    rows: torch.Tensor | None
     query_start_loc: torch.Tensor
     context_lens: torch.Tensor
     block_table: torch.Tensor
@@ -58,20 +38,13 @@ class CUDATreeStep:
 
     @classmethod
     def of(
-        cls,
-        device: torch.device,
-        rows: np.ndarray | None,
-        query_start_loc: np.ndarray,
-        context_lens: np.ndarray,
-        block_table: torch.Tensor,
-        mask: np.ndarray,
+        cls, query_start_loc: np.ndarray, context_lens: np.ndarray, on_device: MaskTensors
     ) -> CUDATreeStep:
-        """A step of host arrays; ``block_table`` is on the device already."""
-        arrays = [query_start_loc, context_lens, mask] + ([] if rows is None else [rows])
-        starts, contexts, masks, *places = to_device(device, *arrays)
+        """A step of what is on the device, without a block table yet; the arrays tell bounds."""
+        starts, contexts, mask = on_device
         return cls(
-            places[0].long() if places else None, starts, contexts, block_table, masks,
-            int(np.diff(query_start_loc).max()), int(context_lens.max()),
+            starts, contexts, torch.empty(0), mask, int(np.diff(query_start_loc).max()),
+            int(context_lens.max()),
         )  # fmt: skip
 
     @property
@@ -99,9 +72,12 @@ class CUDATreeStep:
         self.compact(to_device(self.mask.device, path)[0])
 
     def compact(self, path: torch.Tensor) -> None:
-        """The same for paths that are on the device: int32 [R, max_depth], padded with -1."""
+        """The same for paths that are on the device: int32 [R, max_depth], padded with -1; fewer
+        than R leave out the last requests.
+        """
+        requests = len(path)
         for layers in self.layers:
-            kv_compact(layers, path, self.context_lens, self.block_table)
+            kv_compact(layers, path, self.context_lens[:requests], self.block_table[:requests])
 
 
 class StaticSteps:
@@ -132,8 +108,9 @@ class StaticSteps:
     def step(self, num_requests: int, num_rows: int, block_table: torch.Tensor) -> CUDATreeStep:
         """The step of a graph for R requests and T rows; ``block_table`` must be persistent."""
         return CUDATreeStep(
-            None, self.query_start_loc[: num_requests + 1], self.context_lens[:num_requests],
-            block_table, self.mask[:num_rows], self.max_query_len, self.max_context_len,
+            self.query_start_loc[: num_requests + 1], self.context_lens[:num_requests],
+            block_table, self.mask[:num_rows], min(self.max_query_len, num_rows),
+            self.max_context_len,
         )  # fmt: skip
 
     def fill(self, query_start_loc: np.ndarray, context_lens: np.ndarray, mask: np.ndarray) -> None:

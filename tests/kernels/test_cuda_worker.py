@@ -1,0 +1,92 @@
+"""The CUDA worker's life around steps: attention backends, sleep, the draft model's weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.integration import compat, cuda_worker
+from vllm_ouroboros.integration.cuda_worker import OuroborosCUDAWorker
+from vllm_ouroboros.integration.worker import OuroborosWorkerMixin
+
+
+def test_the_worker_is_the_one_that_engines_are_told() -> None:
+    name = f"{cuda_worker.__name__}.{cuda_worker.OuroborosCUDAWorker.__name__}"
+    assert compat.WORKERS["cuda"] == name
+
+
+def test_a_later_engine_gets_vllms_backends() -> None:
+    class Base:
+        def init_device(self) -> None:
+            self.seen = paths()
+
+        def shutdown(self) -> None: ...
+
+    class Ours(OuroborosWorkerMixin, Base):
+        backends = OuroborosCUDAWorker.backends
+
+    def paths() -> dict[AttentionBackendEnum, str]:
+        return {backend: backend.get_path() for backend in Ours.backends}
+
+    before, worker = paths(), Ours()
+    worker.init_device()
+    assert worker.seen == Ours.backends != before
+    worker.shutdown()
+    assert paths() == before
+
+
+class Draft(DraftModel):
+    """A draft that shares a layer with its target."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        self.model = nn.ModuleList([nn.Linear(2, 2), shared])
+        self.model.register_buffer("angles", torch.ones(3), persistent=False)
+        self._of_target = {one.data_ptr() for one in shared.parameters()}
+        self.changes = 0
+
+    def target_changed(self) -> None:
+        self.changes += 1
+
+
+@pytest.mark.parametrize("level, tags", [(1, None), (2, None), (2, ["weights"])])
+def test_sleep_keeps_the_drafts_weights(monkeypatch, level, tags) -> None:
+    """Level 2 loses all weights; those of the target are loaded again by whoever asked for it."""
+    shared = nn.Linear(2, 2)
+    draft = Draft(shared)
+    everything = [*draft.model.parameters(), *draft.model.buffers()]
+    own = [one.detach().clone() for one in draft.own_tensors()]
+    assert len(own) == len(everything) - 2
+
+    def discard(self, level: int) -> None:
+        for one in everything if level == 2 else ():
+            one.data.fill_(torch.nan)
+
+    monkeypatch.setattr(Worker, "sleep", discard)
+    monkeypatch.setattr(Worker, "wake_up", lambda self, tags: None)
+    worker = object.__new__(OuroborosCUDAWorker)
+    worker.model_runner = SimpleNamespace(drafter=SimpleNamespace(draft=draft))
+    worker.sleep(level)
+    worker.wake_up(["kv_cache"])
+    assert draft.changes == 0
+    worker.wake_up(tags)
+    assert draft.changes == 1
+    assert all(a.equal(b) for a, b in zip(draft.own_tensors(), own, strict=True))
+    assert bool(shared.weight.isnan().all()) is (level == 2)
+    assert not worker._weights_of_draft
+
+
+def test_engines_without_a_draft_model_sleep(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(Worker, "sleep", lambda self, level: calls.append(level))
+    monkeypatch.setattr(Worker, "wake_up", lambda self, tags: calls.append(tags))
+    worker = object.__new__(OuroborosCUDAWorker)
+    worker.model_runner = SimpleNamespace(drafter=SimpleNamespace(draft=None))
+    worker.sleep(2)
+    worker.wake_up()
+    assert calls == [2, None]
