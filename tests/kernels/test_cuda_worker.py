@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.integration import compat, cuda_worker
+from vllm_ouroboros.integration.cuda_runner import GRAPH_BYTES, OuroborosCUDARunner
 from vllm_ouroboros.integration.cuda_worker import OuroborosCUDAWorker
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin
 
@@ -90,3 +93,14 @@ def test_engines_without_a_draft_model_sleep(monkeypatch) -> None:
     worker.sleep(2)
     worker.wake_up()
     assert calls == [2, None]
+
+
+@pytest.mark.parametrize(
+    "draft, mode, graphs", [(1, "FULL", 11), (None, "FULL", 0), (1, "NONE", 0)]
+)
+def test_the_drafts_graphs_are_counted(monkeypatch, draft, mode, graphs) -> None:
+    monkeypatch.setattr(GPUModelRunner, "profile_cudagraph_memory", lambda self: 1000)
+    runner = object.__new__(OuroborosCUDARunner)
+    runner.drafter = SimpleNamespace(draft=draft)
+    runner.compilation_config = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode])
+    assert runner.profile_cudagraph_memory() == 1000 + graphs * GRAPH_BYTES

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +100,7 @@ def test_what_becomes_of_a_step(
 ) -> None:
     steps = script("gpu_steps")
     monkeypatch.setattr(steps, "LEAST_S", 2)
-    step = steps.Step("x", [sys.executable, "-c", code], 100, False, missing)
+    step = steps.Step(1, "x", [sys.executable, "-c", code], 100, False, missing)
     with (tmp_path / "log.txt").open("w") as log:
         row = steps.run(step, seconds, log)
     assert row["status"] == status
@@ -108,10 +110,98 @@ def test_what_becomes_of_a_step(
         assert row["exit_status"] == 3
 
 
+def test_stages_from_start_to_end(script, tmp_path, monkeypatch, capsys) -> None:
+    """Of two stages: a step that passes, fails, hangs, lacks a package and cannot be started; the
+    summary on disk tells what was done whenever a run is cut short.
+    """
+    steps = script("gpu_steps")
+    seen = []
+    run = steps.run
+
+    def watched(step, seconds, log):
+        if (tmp_path / "summary.json").exists():
+            seen.append(len(json.loads((tmp_path / "summary.json").read_text())["steps"]))
+        return run(step, seconds, log)
+
+    monkeypatch.setattr(steps, "run", watched)
+    monkeypatch.setattr(steps, "LEAST_S", 0.1)
+
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    result = 'print(\'{"judgments": {"speedup": {"8": 1.5}}}\')'
+    wanted = [
+        steps.Step(2, "late", python("print('late')"), 60),
+        steps.Step(1, "good", python(result), 60),
+        steps.Step(1, "bad", python("raise SystemExit(3)"), 60),
+        steps.Step(1, "slow benchmark", python("import time; time.sleep(60)"), 2, True),
+        steps.Step(1, "lacking", [], 60, missing="not installed: x"),
+        steps.Step(1, "no such program", [str(tmp_path / "nothing")], 60),
+    ]
+    rows = steps.run_stages(wanted, {1: 100, 2: 100}, tmp_path, {"gpu": "a fake"})
+    assert [(row["step"], row["status"]) for row in rows] == [
+        ("good", "passed"), ("bad", "failed"), ("slow benchmark", "timed out"),
+        ("lacking", "skipped"), ("no such program", "failed"), ("late", "passed"),
+    ]  # fmt: skip
+    assert seen == [1, 2, 3, 4, 5]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["failed"] == ["bad", "no such program"] and summary["gpu"] == "a fake"
+    told = capsys.readouterr().out
+    assert 'speedup: {"8": 1.5}' in told and told.count("\n") < 40
+
+
+def test_a_stage_has_its_time(script, tmp_path, monkeypatch) -> None:
+    """What no longer fits into one stage does not run, and takes nothing from the next."""
+    steps = script("gpu_steps")
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    wanted = [
+        steps.Step(1, "long", wait, 60, True), steps.Step(1, "left out", wait, 60),
+        steps.Step(2, "next", [sys.executable, "-c", ""], 60),
+    ]  # fmt: skip
+    monkeypatch.setattr(steps, "LEAST_S", 1)
+    rows = steps.run_stages(wanted, {1: 1.5, 2: 60}, tmp_path, {})
+    assert [row["status"] for row in rows] == ["timed out", "skipped", "passed"]
+
+
+def test_stages_fit_the_time_they_have(script, tmp_path) -> None:
+    steps = script("gpu_steps")
+    found = steps.steps(tmp_path)
+    for stage, most in {1: 240, 2: 300}.items():
+        assert steps.STAGES[stage] <= most
+    assert {step.stage for step in found} == set(steps.STAGES)
+    assert all(step.limit_s <= steps.STAGES[step.stage] for step in found)
+    with pytest.raises(argparse.ArgumentTypeError, match="'4' is no stage: 1, 2, 3"):
+        steps.stage_of("4")
+
+
+def test_calls_of_a_step_are_counted(script) -> None:
+    counts = script("gpu_profile").counts
+    calls = [("cudaLaunchKernel", 30), ("cuLaunchKernelEx", 10), ("cudaGraphLaunch", 4),
+             ("cudaMemcpyAsync", 12), ("aten::mm", 99)]  # fmt: skip
+    assert counts(calls, 4) == {"launches": 10.0, "graphs": 1.0, "copies": 3.0, "waits": 0.0}
+
+
+def test_speeds_of_the_pair(script, tmp_path) -> None:
+    """Of a run that was cut short: batch 8 has no vanilla yet."""
+    rows = [
+        {"kind": "run", "method": "vanilla", "setting": "", "batch": 1, "tokens_per_second": 50.0},
+        {"kind": "run", "method": "draft_model", "setting": "K=3", "batch": 1,
+         "tokens_per_second": 75.0},
+        {"kind": "run", "method": "draft_model", "setting": "K=3", "batch": 8,
+         "tokens_per_second": 75.0},
+        {"kind": "cell", "method": "vanilla", "batch": 8},
+    ]  # fmt: skip
+    file = tmp_path / "pair.jsonl"
+    pair = script("gpu_pair")
+    assert pair.speeds(file) == {}
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert pair.speeds(file) == {"batch 1": {"vanilla": 1.0, "draft_model K=3": 1.5}}
+
+
 def test_no_device_is_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    for name in ("gpu_steps.py", "gpu_engine.py"):
+    for name in ("gpu_steps.py", "gpu_engine.py", "gpu_profile.py", "gpu_pair.py", "gpu_info.py"):
         done = subprocess.run(
             [sys.executable, SCRIPTS / name], capture_output=True, text=True, timeout=120
         )

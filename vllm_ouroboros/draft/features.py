@@ -7,6 +7,7 @@ import torch
 
 from vllm_ouroboros.draft.expansion import MAX_PATHS
 from vllm_ouroboros.trees.request_state import NUM_FOLLOWING
+from vllm_ouroboros.verify.host_arrays import to_device
 
 MAX_BYTES = 2**26
 """Of the features of all requests' texts that a head has not read yet."""
@@ -95,7 +96,14 @@ class HeadFeatures:
         """The slot belongs to another request from now on."""
         self._first[slot] = self._end[slot] = 0
 
-    def add(self, slots: np.ndarray, firsts: np.ndarray, counts: np.ndarray, rows) -> None:
+    def add(
+        self,
+        slots: np.ndarray,
+        firsts: np.ndarray,
+        counts: np.ndarray,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+    ) -> None:
         """Keep the features that a step made of texts.
 
         Args:
@@ -103,7 +111,8 @@ class HeadFeatures:
             firsts: int64 [R], each one's first place; those behind it that are known already are
                 no longer the text's.
             counts: int64 [R], consecutive places of each.
-            rows: [sum of counts, hidden].
+            hidden: [*, hidden], what the step made.
+            rows: int64 [sum of counts], those of the texts.
         """
         ends = firsts + counts
         joined = (self._first[slots] <= firsts) & (firsts <= self._end[slots])
@@ -116,9 +125,10 @@ class HeadFeatures:
         places = np.arange(len(rows)) + np.repeat(firsts - starts, counts)
         kept = np.flatnonzero(places >= np.repeat(ends, counts) - self.most)
         where = (np.repeat(slots, counts) * self.most + places % self.most)[kept]
+        source, target = to_device(self._kept.device, rows[kept], where)
+        self._kept[target] = hidden[source]
         if len(kept) < len(rows):
-            self._step, rows = rows, rows[torch.from_numpy(kept).to(rows.device)]
-        self._kept[torch.from_numpy(where).to(rows.device)] = rows
+            self._step = hidden[to_device(self._kept.device, rows)[0]]
 
     def waiting(self, slot: int) -> int:
         """Places that have features."""

@@ -179,7 +179,7 @@ class DraftModel:
         inputs = tokens, positions, slots, *self._read(further, rows, mask)
         block_table = table.block_table.gpu[requests]
         if mask is None:
-            metadata = self._causal(rows, block_table, rest[0], inputs)
+            metadata = self._causal(rows, block_table, rest[0], rest[1], inputs)
             with clock.model("draft"):
                 outputs = self._run(metadata, *inputs)
         else:
@@ -250,6 +250,7 @@ class DraftModel:
         rows: ForwardRows,
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
+        context_lens: torch.Tensor,
         inputs: tuple[torch.Tensor, ...],
     ) -> dict[str, Any]:
         """vLLM's own metadata for plain causal rows, by layer."""
@@ -258,7 +259,7 @@ class DraftModel:
         common = CommonAttentionMetadata(
             query_start_loc=query_start_loc,
             query_start_loc_cpu=torch.from_numpy(rows.query_start_loc),
-            seq_lens=seq_lens.to(query_start_loc.device),
+            seq_lens=context_lens + query_start_loc.diff(),
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=len(lengths),
             num_actual_tokens=len(rows.tokens),

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.cuda_graphs import MAX_GRAPH_ROWS, DraftGraphs, capture_cuda
+from vllm_ouroboros.draft.cuda_graphs import MAX_GRAPH_ROWS, SIZES, DraftGraphs, capture_cuda
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
 from vllm_ouroboros.integration.tree_graphs import TreeDispatcher
 from vllm_ouroboros.kernels.kv_compact import KVLayers
@@ -32,6 +32,9 @@ from vllm_ouroboros.verify.cuda.device_timer import DeviceTimer
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
 from vllm_ouroboros.verify.cuda.warm_up import warm_up_acceptance, warm_up_attention
 from vllm_ouroboros.verify.host_arrays import to_device
+
+GRAPH_BYTES = 2**21
+"""What the driver takes for a graph of a small model, about."""
 
 
 class OuroborosCUDARunner(TreeRunner):
@@ -119,14 +122,23 @@ class OuroborosCUDARunner(TreeRunner):
             able &= batch.num_computed_tokens_cpu[:num_reqs] >= prompts
         return len(able) if able.all() else int(able.argmin())
 
+    @property
+    def _captures_draft(self) -> bool:
+        """Whether the draft model gets graphs; not with ``enforce_eager``."""
+        none = self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+        return self.drafter.draft is not None and not none
+
+    def profile_cudagraph_memory(self) -> int:
+        """vLLM's estimate with the draft model's graphs, whose activations lie where those of the
+        target's graphs lie."""
+        own = len(SIZES) * GRAPH_BYTES if self._captures_draft else 0
+        return super().profile_cudagraph_memory() + own
+
     def capture_model(self) -> int:
         """vLLM's graphs, then those of the draft model; bytes that they take."""
         taken = super().capture_model()
-        draft = self.drafter.draft
-        rounds = self.drafter.rounds
-        if draft is None or rounds is None:
-            return taken
-        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:  # as with enforce_eager
+        draft, rounds = self.drafter.draft, self.drafter.rounds
+        if not self._captures_draft or draft is None or rounds is None:
             return taken
         free = torch.cuda.mem_get_info()[0]
         table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
@@ -226,9 +238,9 @@ class OuroborosCUDARunner(TreeRunner):
         for built, names in layers.values():
             if graph_rows is not None:
                 step = self.static.step(len(built.block_table), graph_rows, built.block_table)
-            step = replace(step, block_table=built.block_table, layers=self._tables(names))
-            built.tree = step
-            steps.append(step)
+            moved = self._tables(names) if self.trees is not None else []  # of no dummy run
+            built.tree = replace(step, block_table=built.block_table, layers=moved)
+            steps.append(built.tree)
         if self.trees is not None:
             self.trees.steps = [*steps]
 

@@ -222,11 +222,10 @@ class OuroborosProposer:
             found = runner.verified.get(req_id)
             rows.append(text if found is None else np.append(text, text[-1] + 1 + found.path))
             first += scheduled
-        index = torch.from_numpy(np.concatenate(rows)).to(runner.hidden_states.device)
         slots = np.array([self.requests[req_id].slot for req_id in batch.req_ids])
         firsts = batch.num_computed_tokens_cpu[: len(slots)].astype(np.int64)
         counts = np.array([len(some) for some in rows])
-        head.features.add(slots, firsts, counts, runner.hidden_states[index])
+        head.features.add(slots, firsts, counts, runner.hidden_states, np.concatenate(rows))
 
     def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""

@@ -23,6 +23,7 @@ from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.policy.forward_costs import Costs, measure
 from vllm_ouroboros.trees.draft_tree import DraftTree, depths
 from vllm_ouroboros.verify.acceptance import Verified, verify
+from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.token_sampler import TokenSampler, build_processors
 from vllm_ouroboros.verify.tree_step import MaskTensors, TreeStep
 
@@ -160,9 +161,7 @@ class TreeRunner(GPUModelRunner):
                 depth = np.empty(len(rows), np.int64)
                 depths(parents, query_start_loc, depth)
                 roots = np.repeat(rows[query_start_loc[:-1]], np.diff(query_start_loc))
-                index, root, below = (
-                    torch.from_numpy(array).to(self.device) for array in (rows, roots, depth)
-                )
+                index, root, below = to_device(self.device, rows, roots, depth)
                 self.positions[index] = self.positions[root] + below
         return result
 

@@ -1,12 +1,17 @@
-"""Other dense decoder families, as target and as draft: Qwen2 (biases) and Qwen3 (q/k norms)."""
+"""Other dense decoder families, as target and as draft: Qwen2 (biases) and Qwen3 (q/k norms);
+and heads for them, under Ouroboros and under stock vLLM."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm import SamplingParams
+
+from ...unit.helpers.head_reference import head_config, random_head
 
 SIZES = {
     "vocab_size": 4096,
@@ -56,19 +61,60 @@ def make_pair(family: str, folder, tokenizer_folder) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
-@pytest.mark.parametrize("family", list(HEADS))
-def test_greedy_equals_vanilla(family, tmp_path, pair, prompts, ouroboros, vanilla, tools):
-    target, draft = make_pair(family, tmp_path, pair / "target")
+def make_head(family: str, folder) -> str:
+    """A head of random weights for the target of `make_pair`."""
+    torch.manual_seed(0)
+    sizes = HEADS[family]
+    weights = random_head(sizes["hidden_size"], 160, 2, 1, 64)
+    save_file(weights, folder / "model.safetensors")
+    config = head_config(
+        weights, 64, vocab_size=4096, model_type=family.lower(),
+        architectures=[f"EagleFSPAD{family}ForCausalLM"],
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=list(HEADS))
+def models(request, tmp_path_factory, pair) -> tuple[str, str, str]:
+    """A family, its target and its draft."""
+    folder = tmp_path_factory.mktemp("models")
+    return (request.param, *make_pair(request.param, folder, pair / "target"))
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+def test_greedy_equals_vanilla(models, prompts, ouroboros, vanilla, tools):
+    _, target, draft = models
     some = prompts[:12]
-    greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    expected = tools.tokens_of(vanilla(some, greedy, model=target))
+    expected = tools.tokens_of(vanilla(some, GREEDY, model=target))
     assert len({tuple(ids) for ids in expected}) > 6, "the texts must differ to mean anything"
     llm = ouroboros(model=target, options={"draft_model": draft})
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, some, greedy)
+        outputs = tools.generate(llm, some, GREEDY)
     assert tools.tokens_of(outputs) == expected
     # drafts were accepted, and rejected
     assert used["accepted_from_draft"] > used["emitted_tokens"] // 10
     assert used["accepted_tokens"] < used["verified_nodes"]
-    alone = tools.generate(llm, some[:4], greedy, one_by_one=True)
+    alone = tools.generate(llm, some[:4], GREEDY, one_by_one=True)
     assert tools.tokens_of(alone) == expected[:4]
+
+
+def test_a_head_changes_no_text(models, tmp_path, prompts, ouroboros, vanilla, tools):
+    """Of one family under Ouroboros, of the other under stock vLLM."""
+    family, target, _ = models
+    head, some = make_head(family, tmp_path), prompts[:12]
+    expected = tools.tokens_of(vanilla(some, GREEDY, model=target))
+    if family == "Qwen3":
+        method = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
+        llm = ouroboros(model=target, speculative_config=method, additional_config={})
+        drafts = tools.metric(llm, "vllm:spec_decode_num_drafts")
+        assert tools.tokens_of(tools.generate(llm, some, GREEDY)) == expected
+        assert tools.metric(llm, "vllm:spec_decode_num_drafts") > drafts
+        return
+    llm = ouroboros(model=target, options={"draft_model": head})
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, some, GREEDY)
+    assert tools.tokens_of(outputs) == expected
+    assert used["draft_forwards"] > 0

@@ -17,7 +17,8 @@ def make(requests: int = 1, longest: int = 60, hidden: int = 2) -> HeadFeatures:
 
 
 def add(features: HeadFeatures, slot: int, first: int, rows: torch.Tensor) -> None:
-    features.add(np.array([slot]), np.array([first]), np.array([len(rows)]), rows)
+    every = np.arange(len(rows))
+    features.add(np.array([slot]), np.array([first]), np.array([len(rows)]), rows, every)
 
 
 def before(features: HeadFeatures, slot: int, first: int, end: int) -> list[float]:
@@ -35,12 +36,13 @@ def test_features_are_those_of_the_places_before(data) -> None:
     known: tuple[dict[int, int], dict[int, int]] = ({}, {})
     place = np.array(data.draw(st.tuples(st.integers(0, 9), st.integers(0, 9))))
     read = place.copy()  # a cached prefix has no features
-    value = 0
+    value, rng = 0, np.random.default_rng(0)
     for _ in range(data.draw(st.integers(1, 8))):
         slots = np.array(data.draw(st.sampled_from(([0], [1], [0, 1], [1, 0]))))
         counts = np.array([data.draw(st.integers(1, 7)) for _ in slots])
         rows = value + 1 + torch.arange(counts.sum())[:, None].expand(-1, 2).float()
-        features.add(slots, place[slots], counts, rows)
+        order = rng.permutation(len(rows))  # in whatever rows of a forward they are
+        features.add(slots, place[slots], counts, rows[np.argsort(order)], order)
         for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             for i in range(count):
                 value += 1

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Every check and benchmark that needs a GPU, within 8 minutes: kernels against their oracles,
-# whole engines against vanilla vLLM, tuning, speed of tree attention, compute-sanitizer.
-#   scripts/gpu/gpu_check.sh                    results in build/gpu: summary.json, log.txt, ...
-#   OUT=dir PYTHON=python3 scripts/gpu/gpu_check.sh
+# Every check and benchmark that needs a GPU, in stages that each fit into a few minutes:
+#   1  (4 min)  versions, engines eager and with full graphs against vanilla, kernels
+#   2  (5 min)  tuning, bandwidth, an 8 B pair against vanilla and vLLM's own ways, a step's profile
+#   3  (6 min)  engines of all kinds, compute-sanitizer
+#   scripts/gpu/check.sh 1                      results in build/gpu: summary.json, log.txt, ...
+#   scripts/gpu/check.sh 1 2 3                  one after another
+#   OUT=dir PYTHON=python3 scripts/gpu/check.sh 2
 # Needs torch with CUDA, Triton, pytest and hypothesis; what lacks a package is skipped and says so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,7 +15,7 @@ if [ -z "${PYTHON:-}" ]; then
     [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
 fi
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu_check.sh: no CUDA device: torch of $PYTHON sees none" >&2
+    echo "check.sh: no CUDA device: torch of $PYTHON sees none" >&2
     exit 2
 fi
 
@@ -23,7 +26,7 @@ mkdir "$site/vllm_ouroboros"
 ln -s "$PWD"/vllm_ouroboros/* "$site/vllm_ouroboros/"
 ln -s "$PWD/kernels" "$site/vllm_ouroboros/kernels"
 "$PYTHON" setup.py -q egg_info --egg-base "$site" 2>/dev/null \
-    || echo "gpu_check.sh: no metadata of the package: vLLM will not load the plugin" >&2
+    || echo "check.sh: no metadata of the package: vLLM will not load the plugin" >&2
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
-timeout --kill-after=5 480 "$PYTHON" scripts/gpu/gpu_steps.py --out "${OUT:-build/gpu}" "$@"
+"$PYTHON" scripts/gpu/gpu_steps.py --out "${OUT:-build/gpu}" "$@"
