@@ -43,6 +43,8 @@ class FSPADModel(nn.Module):
             config.hidden_size, sampler_size, config.rms_norm_eps, maybe_prefix(prefix, "fc")
         )
         split = getattr(config, "split_output", True)
+        # vLLM finds the kind of a layer (`layer_types`, in Qwen's configurations) by this
+        config.target_layer_count = first_layer
         name = maybe_prefix(prefix, f"layers.{first_layer}")
         layer = HeadDecoderLayer(config, vllm_config.cache_config, split, name)
         self.layers = nn.ModuleList([layer])

@@ -50,12 +50,13 @@ CASES = (
         {"tree", "graphs", "padded", "replays", "walks"},
     ),
     Case(
-        "a batch without a draft model",
+        "trees beside chunks of prompts",
         12,
         {"draft_model": None, "adaptive": False},
         3,
         24,
-        {"tree", "graphs", "padded", "walks"},
+        {"tree", "graphs", "padded", "mixed", "walks"},
+        {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
     ),
     Case(
         "a draft head",
@@ -66,12 +67,12 @@ CASES = (
         {"tree", "replays", "walks"},
     ),
     Case(
-        "adaptive trees beside chunks of prompts",
+        "adaptive trees, chunks of prompts",
         8,
         {"draft_model": None},
         3,
         24,
-        {"tree", "graphs", "padded", "mixed", "walks"},
+        {"tree", "graphs", "padded", "walks"},
         {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
     ),
 )
