@@ -53,10 +53,9 @@ def one_line(error: BaseException) -> str:
 def loads() -> str:
     """Which worker vLLM would be given here, or why there is none."""
     try:
-        from vllm_ouroboros.integration import compat
+        from vllm_ouroboros.integration.compat import check_environment, worker
 
-        problems = compat.check_environment()
-        return "; ".join(problems) or str(compat.worker())
+        return "; ".join(check_environment()) or str(worker())
     except Exception as error:
         return one_line(error)
 

@@ -45,10 +45,10 @@ from inflate_dims import PRESETS, Dims, InflateError, inflated_dims
 from inflate_head import inflate_head
 from inflate_weights import Inflation, Source
 from rich.console import Console
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vllm_ouroboros.cli.inputs import PAIR
+from vllm_ouroboros.cli.weights import save_weights
 
 COPIED = (
     "added_tokens.json",
@@ -187,9 +187,7 @@ def write(directory: Path, inflation: Inflation, shard_bytes: int) -> None:
             for name, shape in shapes.items():
                 tensors[name] = inflation.tensor(name, shape)
                 bar.update(tensors[name].nbytes)
-            save_file(tensors, directory / file, metadata={"format": "pt"})
-            (directory / file).chmod(0o644)  # safetensors writes files for their owner only
-            (directory / file).chmod(0o644)  # safetensors writes files for their owner only
+            save_weights(tensors, directory / file)
     if len(shards) > 1:
         places = {name: file for file, shapes in shards.items() for name in shapes}
         index = {"metadata": {"total_size": total}, "weight_map": places}

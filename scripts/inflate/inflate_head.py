@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from inflate_dims import Dims, InflateError
 from inflate_weights import Index, first, head_rows
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from vllm_ouroboros.cli.weights import save_weights
 
 
 def inflate_head(source: Path, old: Dims, new: Dims, dtype: torch.dtype, out: Path) -> None:
@@ -59,9 +61,7 @@ def inflate_head(source: Path, old: Dims, new: Dims, dtype: torch.dtype, out: Pa
     result["d2t"] = ids
     out.mkdir(parents=True)
     contiguous = {name: value.contiguous() for name, value in result.items()}
-    weights = out / "model.safetensors"
-    save_file(contiguous, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors writes files for their owner only
+    save_weights(contiguous, out / "model.safetensors")
     facts = config | widths | {
         "hidden_size": new.hidden_size,
         "num_attention_heads": new.num_attention_heads,

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from head_model import Head
 from pair_data import PairError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from vllm_ouroboros.cli.weights import save_weights
 
 
 def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
@@ -56,9 +58,7 @@ def save_head(head: Head, target: Any, ids: np.ndarray, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    weights = out / "model.safetensors"
-    save_file(contiguous, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors writes files for their owner only
+    save_weights(contiguous, out / "model.safetensors")
 
 
 def load_head(head: Head, path: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pair_data import BOS_ID, EOS_ID, SPECIAL_TOKENS, PairError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vllm_ouroboros.cli.weights import save_weights
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,7 @@ def save_model(model: Llama, directory: Path, tokenizer_json: str) -> None:
         replace_text(directory / name, text)
     state = {f"model.{k}": v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     partial = directory / "model.safetensors.part"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors writes files for their owner only
+    save_weights(state, partial)
     partial.replace(directory / "model.safetensors")
 
 

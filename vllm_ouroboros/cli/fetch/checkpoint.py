@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from vllm_ouroboros.cli.fetch.tokenizer import write_tokenizer
 from vllm_ouroboros.cli.inputs import InputError
+from vllm_ouroboros.cli.weights import save_weights
 
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -40,9 +40,7 @@ def convert(gguf: Path, folder: Path) -> None:
     if fields.get("general.architecture") != "llama":
         raise InputError(f"{gguf.name}: is not a Llama model in GGUF")
     tensors = weights(reader.tensors, fields)
-    file = folder / "model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors writes files for their owner only
+    save_weights(tensors, folder / "model.safetensors")
     config = configuration(fields, tied="lm_head.weight" not in tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
