@@ -82,7 +82,7 @@ class HeadFeatures:
         found, wanted = self._kept[rows], places - 1
         if len(self._step):
             early = (self._first[slots] <= wanted) & (wanted < self._end[slots] - self.most)
-            if (at := np.flatnonzero(early).tolist()) != []:
+            if at := np.flatnonzero(early).tolist():
                 found[at] = self._step[(self._step_offset[slots] + wanted)[at].tolist()]
         return found
 
