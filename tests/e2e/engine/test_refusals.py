@@ -123,15 +123,15 @@ def test_draft_folder_without_a_model(configure, tmp_path):
         assert word in line
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0.0", None])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", None])
 def test_vllm_version(version):
     (line,) = check_version(version)
     assert str(version) in line or version is None
     assert "0.32.0" in line
-    assert "0.33.0" in line
+    assert "0.34.0" in line
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.33.0"])
 def test_supported_vllm_version(version):
     assert check_version(version) == []
 

@@ -19,17 +19,18 @@ PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 
 
 @pytest.mark.parametrize(
-    "version", ["0.32.0", "0.32.1", "0.32.9", "0.32.0+cpu", "0.32.1.post1", "0.32.0.dev3+g12"]
+    "version",
+    ["0.32.0", "0.32.9", "0.32.0+cpu", "0.32.1.post1", "0.32.0.dev3+g12", "0.33.0", "0.33.2rc1"],
 )
 def test_supported_versions(version) -> None:
     assert compat.check_version(version) == []
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33", "0.4.0", "1.0.0", "0.33.0rc1"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34", "0.4.0", "1.0.0", "0.34.0rc1"])
 def test_other_versions_are_named_with_those_that_work(version) -> None:
     [problem] = compat.check_version(version)
     assert f"vLLM {version} is installed" in problem
-    assert ">= 0.32.0, < 0.33.0" in problem
+    assert ">= 0.32.0, < 0.34.0" in problem
 
 
 def test_no_vllm() -> None:

@@ -27,6 +27,7 @@ def test_files_are_laid_over_operators(tmp_path, plugins) -> None:
         archive.writestr("vllm/new.py", "x = 1")
         archive.writestr("vllm/_C.abi3.so", "operators of CUDA")
         archive.writestr("vllm-9.9.0.dist-info/METADATA", "Name: vllm\nVersion: 9.9.0\n")
+        archive.writestr("vllm-9.9.0.dist-info/licenses/LICENSE", "text")
         if plugins:
             archive.writestr("vllm-9.9.0.dist-info/entry_points.txt", points)
     vllm_overlay.lay(wheel, installed, folder, "9.9.0")
