@@ -40,6 +40,7 @@ GRAPH_BYTES = 2**21
 class OuroborosCUDARunner(TreeRunner):
     """vLLM's runner for CUDA devices, with tree verification."""
 
+    forwards_overlap = True
     uniform_decode_query_len: int  # most rows of a request that attend by masks
 
     def __init__(self, *args, **kwargs) -> None:

@@ -180,6 +180,6 @@ class LiveRequests:
 
     def _release(self, request: Request) -> None:
         if request.slot != NO_SLOT:
-            self.drafting.release(request.slot)
             self.on_release(request.slot)
+            self.drafting.release(request.slot)
             request.slot = NO_SLOT

@@ -14,6 +14,7 @@ from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.rounds import DraftRounds
 from vllm_ouroboros.integration import step_trees
+from vllm_ouroboros.integration.deferred import Deferred
 from vllm_ouroboros.integration.live_requests import LiveRequests, Request
 from vllm_ouroboros.integration.persistence import Persistence
 from vllm_ouroboros.integration.stats import flat_stats
@@ -88,6 +89,7 @@ class OuroborosProposer:
         if head is not None:
             head.use(self.drafting.state)
         self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
+        self.deferred = Deferred()
         self._on_release = [head.features.forget] if head is not None else []
         self.requests.on_release = self._release
         self.counters = Counters()
@@ -106,6 +108,7 @@ class OuroborosProposer:
     def bind(self, runner: GPUModelRunner, sampler: TokenSampler) -> None:
         """Tell the proposer which runner it drafts for, and how that runner samples."""
         self._runner = runner
+        self.deferred.waits = runner.forwards_overlap
         if self.rounds is not None:
             self.rounds.sampler = sampler
         processors = [*sampler.processors.all]
@@ -119,6 +122,7 @@ class OuroborosProposer:
             )
 
     def _release(self, slot: int) -> None:
+        self.deferred.catch_up()
         for forget in self._on_release:
             forget(slot)
 
@@ -154,7 +158,8 @@ class OuroborosProposer:
         self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
     ) -> None:
         """Learn from the step that was just verified: phrases, counters, valid draft KV."""
-        counters = self.counters
+        self.deferred.catch_up()  # of a step whose forward never came
+        counters, policy, later = self.counters, self.policy, self.deferred.call
         for row, tokens in enumerate(emitted):
             if not tokens:
                 continue
@@ -166,14 +171,16 @@ class OuroborosProposer:
             found = verified.get(req_id)
             if found is not None:
                 root = int(token_ids[row, self.drafting.state.committed[request.slot] - 1])
-                self.drafting.learn(request.slot, root, found.tree, found.predicted)
+                later(self.drafting.learn, request.slot, root, found.tree, found.predicted)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
-            if self.policy is not None and request.grown_tree is not None:
-                text = np.array(tokens, np.int32)
-                size = len(found.tree.tokens) if found is not None else 0
-                self.policy.learn(request.slot, request.grown_tree, size, request.phrase_tree, text)
+            if policy is not None and request.grown_tree is not None:
+                text, size = np.array(tokens, np.int32), len(found.tree.tokens) if found else 0
+                later(
+                    policy.learn, request.slot, request.grown_tree, size, request.phrase_tree,
+                    text, policy.step_class(request.slot),
+                )  # fmt: skip
             if self.requests.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
@@ -207,7 +214,7 @@ class OuroborosProposer:
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._end_step(sampled_token_ids)
             if self.persistence is not None:
-                self.persistence.save_if_due()
+                self.deferred.call(self.persistence.save_if_due)
         self.clock.end_step(len(drafts))
         return drafts
 
@@ -269,7 +276,7 @@ class OuroborosProposer:
             text, prompt = token_ids_cpu[row], int(batch.num_prompt_tokens[row])
             if self.drafting.state.in_pool[slot] == 0:
                 self.drafting.commit(slot, text, length - len(emitted), PhraseSource.PROMPT)
-            self.drafting.commit(slot, text, length, PhraseSource.HISTORY)
+            self._commit_later(slot, text, length)
             limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
             if request.speculates and limit > 0 and emitted[-1] not in request.sampling.stops:
                 capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
@@ -307,6 +314,12 @@ class OuroborosProposer:
                 drafts[row] = tree.tokens.tolist()
         return drafts
 
+    def _commit_later(self, slot: int, text: np.ndarray, length: int) -> None:
+        """Feed the pool what a request has written, up to so many tokens of its text."""
+        first = self.drafting.first_needed(slot)
+        part = text[first:length].copy()  # by then the row may be another request's
+        self.deferred.call(self.drafting.commit, slot, part, length, PhraseSource.HISTORY, first)
+
     def warm_up(self, num_tokens: int) -> None:
         """Compile the draft model, which the first request would otherwise wait for."""
         if self.draft is not None:
@@ -314,15 +327,18 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
+        self.deferred.catch_up()
         if self.persistence is not None:
             self.persistence.close()
 
     def reset_pool(self) -> None:
         """Forget all phrases; those in the file stay until the next save of new ones."""
+        self.deferred.catch_up()
         if self.requests.idle_save is not None:
             self.requests.idle_save.busy()
         self.drafting.pool.clear()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""
+        self.deferred.catch_up()
         return flat_stats(self.counters, self.drafting)

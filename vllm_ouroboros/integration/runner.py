@@ -71,6 +71,8 @@ class TreeRunner(GPUModelRunner):
     """What vLLM's runner of any platform needs for tree verification."""
 
     drafter: OuroborosProposer
+    forwards_overlap = False
+    """Whether a forward runs on while the host goes on."""
 
     def __init__(self, *args, **kwargs) -> None:
         self._init_without_processors(*args, **kwargs)
@@ -191,6 +193,8 @@ class TreeRunner(GPUModelRunner):
             drafter.forward_seconds = drafter.policy.costs.target.at(rows)
         with drafter.clock.model("target"), self.forward_timer:
             output = super()._model_forward(*args, **kwargs)
+        with drafter.clock.model("overlapped"):
+            drafter.deferred.catch_up()
         self._observe_forward()
         if drafter.head is not None:
             self.hidden_states = output[0] if isinstance(output, tuple) else output

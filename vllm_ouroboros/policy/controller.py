@@ -63,6 +63,11 @@ class Policy:
         else:
             request.begin_step()
 
+    def step_class(self, slot: int) -> int | None:
+        """Class of the present step of a request, for `learn`; None while nothing is known."""
+        request = self.requests.get(slot)
+        return request.step_class if request is not None else None
+
     def forget(self, slot: int) -> None:
         """The request of a slot is gone."""
         request = self.requests.pop(slot, None)
@@ -256,6 +261,7 @@ class Policy:
         size: int,
         without_draft: DraftTree | None,
         text: np.ndarray,
+        step_class: int | None = None,
     ) -> None:
         """The target wrote what a request's tree was drafted for.
 
@@ -265,6 +271,7 @@ class Policy:
             size: nodes of it that were verified.
             without_draft: the tree it would have had without the draft model, if that ran.
             text: int32 [m], what the target wrote.
+            step_class: `step_class` of the step, if another may have begun since.
         """
         request = self.requests.get(slot)
         if request is None:  # it was preempted
@@ -278,4 +285,5 @@ class Policy:
             seconds = saved * self.plain_step_seconds(batch) / batch
             rejected = size - len(without_draft.tokens) - more
             seconds -= rejected * self._row_seconds(batch)
-            request.observe_savings(self.throughput(batch) * seconds)
+            at = request.step_class if step_class is None else step_class
+            request.observe_savings(self.throughput(batch) * seconds, at)

@@ -95,9 +95,9 @@ class RequestStatistics:
         """Expected savings over steps of all classes, as often as they come, in tokens."""
         return float(np.average(self.expected_savings(), weights=self.mode.class_counts))
 
-    def observe_savings(self, tokens: float) -> None:
-        """Drafting saved the time of so many tokens in its present step."""
-        at, shared = self.step_class, self.mode.savings
+    def observe_savings(self, tokens: float, at: int) -> None:
+        """Drafting saved the time of so many tokens in a step of class ``at``."""
+        shared = self.mode.savings
         memory = (1 - AVERAGE_WEIGHT) ** (1 + self.unobserved / STALE_AFTER)
         self.saved *= memory
         self.observed *= memory

@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.phrases.insertion import insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.best_first import Ranked, grow_best
@@ -58,6 +59,7 @@ class Drafting:
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
         self.pool, self.max_len, self.contexts = pool, max_len, contexts
+        self._commit_reach = beta + max(CONTEXTS)
         self.keeps_chain_kv = keeps_chain_kv
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
@@ -102,14 +104,26 @@ class Drafting:
         """Give a slot back."""
         self._free.append(slot)
 
-    def commit(self, slot: int, text, length: int, source: PhraseSource) -> None:
-        """Feed the pool what was committed since the last call; ``text[:length]`` is all of it."""
+    def commit(self, slot: int, text, length: int, source: PhraseSource, first: int = 0) -> None:
+        """Feed the pool what was committed since the last call.
+
+        Args:
+            slot: of the request.
+            text: int32, its tokens from ``first`` on.
+            length: tokens of it that are committed, those before ``first`` included.
+            source: of the phrases.
+            first: `first_needed` at most.
+        """
         fed = self.state.in_pool
         insert_text(
-            self.pool.arrays, self.state.scope[slot], text, fed[slot], length, int(source),
-            self.state.owner[slot], self.contexts,
+            self.pool.arrays, self.state.scope[slot], text, fed[slot] - first, length - first,
+            int(source), self.state.owner[slot], self.contexts,
         )  # fmt: skip
         fed[slot] = length
+
+    def first_needed(self, slot: int) -> int:
+        """The first token of a request's text that the next `commit` reads."""
+        return max(0, int(self.state.in_pool[slot]) - self._commit_reach)
 
     def start(
         self, slot: int, committed: int, limit: int, kv_capacity: int, chain_only: bool = False

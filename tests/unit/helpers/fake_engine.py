@@ -53,7 +53,7 @@ class Table:
 
 
 def runner(**more) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cpu"), **more)
+    return SimpleNamespace(**{"device": torch.device("cpu"), "forwards_overlap": False, **more})
 
 
 def bound(proposer: OuroborosProposer, processors=(), **more) -> OuroborosProposer:
@@ -90,13 +90,15 @@ class Sequence:
 class Engine:
     """Schedules, verifies with the target, and calls the proposer as vLLM's runner does."""
 
-    def __init__(self, proposer, draft, target: Language, seed: int, max_len: int) -> None:
+    def __init__(
+        self, proposer, draft, target: Language, seed: int, max_len: int, overlap: bool = False
+    ) -> None:
         self.proposer, self.draft, self.target, self.max_len = proposer, draft, target, max_len
         self.rng = np.random.default_rng(seed)
         self.free = list(range(1, NUM_BLOCKS))
         self.sequences: list[Sequence] = []
         self.expected = {"steps": 0, "emitted_tokens": 0, "accepted_tokens": 0}
-        self.runner = runner()
+        self.runner = runner(forwards_overlap=overlap)
         sampler = FakeSampler(draft)
         sampler.runner = self.runner
         proposer.bind(self.runner, sampler)
@@ -133,6 +135,8 @@ class Engine:
                     sequence.name, sequence.state, sequence.computed, sequence.tenant
                 )
             sequence.running = True
+        if rng.random() < 0.9:  # else the step had no forward
+            proposer.deferred.catch_up()
 
         size = len(batch)
         table = Table(size, self.max_len)
@@ -181,6 +185,7 @@ class Engine:
         self.runner.verified, self.runner.scheduled_tokens = verified, scheduled
         noise = [s.generator and s.generator.get_state() for s in batch]
         drafts = proposer.propose(emitted, lengths, token_ids)
+        token_ids[:] = -7  # rows go to others
         for s, state in zip(batch, noise, strict=True):
             assert s.generator is None or torch.equal(s.generator.get_state(), state)
         assert len(drafts) == size

@@ -32,9 +32,10 @@ _NUMBER = StructuredOutputsParams(regex="[0-9]*")
     window=st.sampled_from([0, 3]),
     rows=st.sampled_from([24, 256]),
     scope=st.sampled_from(["global", "request"]),
+    overlap=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
+def test_an_engines_life(seed, draft_len, window, rows, scope, overlap) -> None:
     """Chunked prompts, cut drafts, preemption, rows that change places: text and KV stay right."""
     rng = np.random.default_rng(seed)
     surprise = int(rng.choice([3, 9, 10**9]))
@@ -44,7 +45,7 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
         proposer = make(
             context, draft, max_rows=rows, window_size=window, pool_scope=scope, num_suffixes=2
         )
-    engine = Engine(proposer, draft, target, seed, 80)
+    engine = Engine(proposer, draft, target, seed, 80, overlap)
     sequences = []
     for i in range(int(rng.integers(1, 6))):
         prompt = rng.integers(2, 8, rng.integers(1, 30)).tolist()
@@ -73,7 +74,7 @@ def test_an_engines_life(seed, draft_len, window, rows, scope) -> None:
     assert {key: stats[key] for key in engine.expected} == engine.expected
     assert stats["accepted_from_draft"] + stats["accepted_from_suffix"] == stats["accepted_tokens"]
     assert stats["draft_forwards"] == (draft.forwards if draft else 0)
-    assert len(proposer.requests) == 0
+    assert len(proposer.requests) == len(proposer.deferred) == 0
     free = sorted(proposer.drafting._free)
     assert free == [0, 1, 2, 3], "a slot was lost or given back twice"
 

@@ -15,7 +15,10 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPURunner
+from vllm_ouroboros.integration.deferred import Deferred
 from vllm_ouroboros.integration.runner import TreeBatch
+from vllm_ouroboros.metrics.counters import Counters
+from vllm_ouroboros.metrics.forward_timer import HostTimer
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, build_processors
@@ -157,3 +160,18 @@ def test_vllm_sets_up_without_custom_processors(monkeypatch, fails) -> None:
     assert seen == [(None, CPU)]
     assert config.model_config.logits_processors == ["one"]
     assert not logging.getLogger(logits_processor.__name__).disabled
+
+
+def test_what_no_draft_waits_for_is_done_behind_the_launch(monkeypatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(CPUModelRunner, "_model_forward", lambda self, *args: done.append("launch"))
+    runner = OuroborosCPURunner.__new__(OuroborosCPURunner)
+    runner.scheduled_tokens, runner.forward_timer = {"a": 3}, HostTimer()
+    deferred = Deferred(waits=True)
+    deferred.call(done.append, "learn")
+    runner.drafter = SimpleNamespace(
+        counters=Counters(), policy=None, head=None, clock=StepClock(), deferred=deferred
+    )
+    runner._model_forward()
+    assert done == ["launch", "learn"]
+    assert runner.drafter.counters.target_forwards == 1

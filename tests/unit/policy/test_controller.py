@@ -187,7 +187,7 @@ def test_many_requests_learn_together_that_drafting_does_not_pay() -> None:
 def test_a_request_without_end_still_hears_of_others() -> None:
     policy = policy_of(0.0, 1.0, 0)
     for _ in range(20000):
-        policy.requests[0].observe_savings(0.5)  # steps of its class alone
+        policy.requests[0].observe_savings(0.5, 0)  # steps of one class alone
     assert policy.requests[0].expected_savings(1) == pytest.approx(policy.greedy.savings[1])
 
 

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.drafting import Drafting
 
 from ..helpers.drafting_world import Life, Window, World, make
@@ -137,3 +140,26 @@ def test_no_requests_no_rows() -> None:
     assert (total, wanted) == (0, 0)
     assert out.query_start_loc.tolist() == [0]
     drafting.absorb(none, out, np.empty(0, np.int64))
+
+
+@given(seed=st.integers(0, 2**32 - 1), beta=st.integers(1, 6), contexts=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_the_end_of_a_text_is_all_that_commit_reads(seed, beta, contexts) -> None:
+    rng = np.random.default_rng(seed)
+    text = rng.integers(2, 5, 120).astype(np.int32)
+    pools = []
+    for whole in (True, False):
+        pool = PhrasePool(1024, 4, beta)
+        drafting = Drafting(
+            pool, max_requests=1, budget=4, draft_tokens=2, num_suffixes=2, window_size=0,
+            max_len=200, contexts=contexts,
+        )  # fmt: skip
+        slot, steps = drafting.add(), np.random.default_rng(seed)
+        length = 0
+        while length < len(text):
+            length = min(len(text), length + int(steps.integers(1, 20)))
+            first = 0 if whole else drafting.first_needed(slot)
+            drafting.commit(slot, text[first:length].copy(), length, PhraseSource.HISTORY, first)
+        pools.append(pool.arrays)
+    for one, other in zip(*pools, strict=True):
+        np.testing.assert_array_equal(one, other)
