@@ -20,7 +20,7 @@ from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep
 class Draft(DraftModel):
     """A draft whose hidden states are what it reads: tokens, and two further arrays."""
 
-    graphs, kv_cache_gid, block_size = None, 0, 4
+    graphs, kv_cache_gid, block_size, layer_names = None, 0, 4, ("layer",)
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -28,13 +28,14 @@ class Draft(DraftModel):
     def _further_arrays(self, rows, mask):
         return np.arange(len(rows.tokens)), np.arange(len(rows.tokens)) + 1
 
-    def _read(self, further, rows, mask):
+    def _read(self, *further):
         return (further[0],)
 
-    def _keep(self, further, outputs) -> None:
+    def _keep(self, outputs, *further) -> None:
         self.seen.append(further[1])
 
-    def masked(self, tree, tokens, positions, slots, more):
+    def _run(self, metadata, tokens, positions, slots, more):
+        tree = metadata["layer"].tree
         assert tree.block_table.equal(torch.tensor([[5, 6]])) and tree.max_context_len == 3
         return (torch.stack([tokens.long(), positions, slots, more], 1),)
 

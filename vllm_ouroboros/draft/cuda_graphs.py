@@ -10,24 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep, StaticSteps
+from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 """Rows of the graphs."""
 MAX_GRAPH_ROWS = SIZES[-1]
 
-Outputs = tuple[torch.Tensor, ...]
-Forward = Callable[..., Outputs]
+Forward = Callable[..., torch.Tensor]
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]]
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
 
-def capture_cuda(vllm_config: VllmConfig, forward: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
+def capture_cuda(
+    vllm_config: VllmConfig, forward: Callable[[], torch.Tensor]
+) -> tuple[Replay, torch.Tensor]:
     """A forward as a CUDA graph: how to run it again, and where its results lie.
 
     Its memory is of the pool of vLLM's own graphs, which sleep mode may move off the device.
@@ -44,38 +46,44 @@ def capture_cuda(vllm_config: VllmConfig, forward: Callable[[], Outputs]) -> tup
 
 
 class DraftGraphs:
-    """Captures and replays.
+    """Captures and replays; a replay takes one copy to the device.
 
     Args:
-        static: masks and lengths that the graphs read, for at most `MAX_GRAPH_ROWS` rows.
-        max_blocks: columns of a block table.
+        device: where forwards run.
+        max_requests: most requests of a forward.
+        max_query_len: most rows of one.
+        max_context_len: most tokens of one in the KV cache.
+        block_table: int32 [*, max_blocks] of the engine's batch.
         capture: makes a graph, as `capture_cuda` does for an engine.
-        forward: (step, tokens int32 [T], positions int64 [T], slots int64 [T], and what else the
-            model reads) to what it computes, all by row.
-        more: buffers of `MAX_GRAPH_ROWS` rows for what else it reads.
+        forward: (step, tokens int32 [T], positions int64 [T], KV slots int64 [T], rows asked for
+            int64 [M], further arrays int64 [T]) to a result [M, *].
+        padding: what each further array holds where a forward has no row.
     """
 
     def __init__(
         self,
-        static: StaticSteps,
-        max_blocks: int,
+        device: torch.device,
+        max_requests: int,
+        max_query_len: int,
+        max_context_len: int,
+        block_table: torch.Tensor,
         capture: Capture,
         forward: Forward,
-        more: Sequence[torch.Tensor] = (),
+        padding: Sequence[int] = (),
     ) -> None:
-        self.static, self._forward, self._capture = static, forward, capture
-        device, rows = static.mask.device, len(static.mask)
-        self.slots = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self.inputs = (
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            self.slots,
-            *more,
+        rows = SIZES[-1]
+        max_requests = min(max_requests, rows)
+        self._padding = (0, 0, 0, -1, 0, *padding)
+        self._inputs: list[np.ndarray] = [
+            np.zeros(max_requests, np.int64),  # rows of the block table
+            np.zeros(rows, np.int32),
+            *(np.full(rows, value, np.int64) for value in self._padding[2:]),
+        ]
+        self._static = StaticSteps(
+            device, max_requests, rows, max_query_len, max_context_len, self._inputs
         )
-        self.block_table = torch.zeros(
-            len(static.context_lens), max_blocks, dtype=torch.int32, device=device
-        )
-        self.graphs: dict[int, tuple[Replay, Outputs]] = {}
+        self._block_table, self._forward, self._capture = block_table, forward, capture
+        self.graphs: dict[int, tuple[Replay, torch.Tensor]] = {}
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -83,33 +91,45 @@ class DraftGraphs:
         for size in reversed(SIZES):
             self.graphs[size] = self._capture(partial(self._run, size))
 
-    def _run(self, size: int) -> Outputs:
+    def _run(self, size: int) -> torch.Tensor:
         """A forward of so many rows; its step is new, for a graph must hold all that it derives."""
-        requests = min(len(self.static.context_lens), size)  # each has a row
-        step = self.static.step(requests, size, self.block_table)
-        return self._forward(step, *(one[:size] for one in self.inputs))
+        requests, *inputs = self._static.more
+        requests = requests[:size]  # each has a row
+        step = self._static.step(len(requests), size, self._block_table[requests])
+        return self._forward(step, *(one[:size] for one in inputs))
 
     def run_again(self, num_rows: int) -> None:
         """Replay the smallest graph with room for so many rows, whatever its buffers hold."""
-        self.graphs[next(size for size in SIZES if size >= num_rows)][0]()
+        self.graphs[_size(num_rows)][0]()
 
-    def fits(self, tree: CUDATreeStep) -> bool:
-        """Whether there is a graph for a step."""
-        return (
-            tree.num_rows <= SIZES[-1]
-            and tree.mask.shape[1] <= self.static.mask.shape[1]
-            and len(tree.context_lens) <= len(self.static.context_lens)
-        )
+    def fits(self, num_requests: int, mask: np.ndarray) -> bool:
+        """Whether there is a graph for so many requests with a mask int32 [T, words]."""
+        (rows, words), room = mask.shape, self._static.mask.shape
+        return rows <= room[0] and words <= room[1] and num_requests <= len(self._inputs[0])
 
-    def replay(self, tree: CUDATreeStep, *inputs: torch.Tensor) -> Outputs:
-        """What a step that `fits` computes of its inputs; valid until the next replay."""
-        num_rows, num_requests = tree.num_rows, len(tree.context_lens)
-        size = next(size for size in SIZES if size >= num_rows)
-        replay, results = self.graphs[size]
-        for buffer, given in zip(self.inputs, inputs, strict=True):
-            buffer[:num_rows].copy_(given)
-        self.slots[num_rows:size].fill_(-1)
-        self.block_table[:num_requests, : tree.block_table.shape[1]].copy_(tree.block_table)
-        self.static.copy(tree)
+    def replay(
+        self,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        mask: np.ndarray,
+        *inputs: np.ndarray,
+    ) -> torch.Tensor:
+        """The result [M, *] of a forward that `fits`; valid until the next replay.
+
+        Args:
+            query_start_loc: int32 [R + 1], first row of each request.
+            context_lens: int32 [R], tokens of each in the KV cache.
+            mask: int32 [T, words].
+            inputs: int64 [R], rows of the block table, then what the forward reads.
+        """
+        for held, given, value in zip(self._inputs, inputs, self._padding, strict=True):
+            held[: len(given)] = given
+            held[len(given) :] = value
+        self._static.fill(query_start_loc, context_lens, mask, self._inputs)
+        replay, result = self.graphs[_size(len(mask))]
         replay()
-        return tuple(result[:num_rows] for result in results)
+        return result[: len(inputs[4])]
+
+
+def _size(num_rows: int) -> int:
+    return next(size for size in SIZES if size >= num_rows)

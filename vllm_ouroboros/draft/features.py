@@ -41,8 +41,9 @@ class HeadFeatures:
         self.longest = longest
         self.most = min(longest, max(16, MAX_BYTES // (requests * hidden * dtype.itemsize)))
         # place p of a slot's text lies in row p % most of the slot's
-        self._zeros = requests * self.most
-        self._chains, self._chain_rows = self._zeros + 1, chain + 1
+        self.zeros = requests * self.most
+        """Row of the buffer that stays zero."""
+        self._chains, self._chain_rows = self.zeros + 1, chain + 1
         self._paths = self._chains + requests * self._chain_rows
         self.nowhere = self._paths + requests * MAX_PATHS * (NUM_FOLLOWING - 1)
         """Row of the buffer for what nobody will read."""
@@ -58,7 +59,7 @@ class HeadFeatures:
         wanted = places - 1
         known = (self._first[slots] <= wanted) & (wanted < self._end[slots])
         known &= wanted >= self._end[slots] - self.most
-        return np.where(known, slots * self.most + wanted % self.most, self._zeros)
+        return np.where(known, slots * self.most + wanted % self.most, self.zeros)
 
     def of_chain(self, slots: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Rows int64 [T] of places of chains; of those that no chain can have: `nowhere`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 
 class ForwardRows(NamedTuple):
@@ -23,3 +24,25 @@ class ForwardRows(NamedTuple):
     context_lens: np.ndarray  # int32 [R], tokens in the KV cache before the forward
     asked: np.ndarray  # int64 [M], rows whose hidden states are wanted
     paths: np.ndarray | None = None  # int64 [R], number of the path, -1 for text and chain
+
+
+@njit(cache=True)
+def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):
+    """KV slots int64 [T] of positions int64 [T] (-1 stays -1).
+
+    Args:
+        positions: int64 [T], position whose slot a row fills, or -1.
+        query_start_loc: int32 [R + 1], first row of each request.
+        requests: int64 [R], row of each request in ``block_table``.
+        block_table: int32 [*, max_blocks].
+        block_size: tokens a block.
+        slots: int64 [T], written.
+    """
+    for r in range(requests.shape[0]):
+        for row in range(query_start_loc[r], query_start_loc[r + 1]):
+            p = positions[row]
+            if p < 0:
+                slots[row] = -1
+            else:
+                block = block_table[requests[r], p // block_size]
+                slots[row] = np.int64(block) * block_size + p % block_size

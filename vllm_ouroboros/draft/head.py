@@ -14,12 +14,11 @@ import torch
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import HeadFeatures
 from vllm_ouroboros.draft.forward_rows import ForwardRows
-from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.model import DraftModel, Outputs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_ouroboros.draft.cuda_graphs import Outputs
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
     from vllm_ouroboros.trees.request_state import RequestState
 
@@ -158,18 +157,20 @@ class DraftHead(DraftModel):
         )
         return reads, writes
 
-    def _read(
-        self, further: list[torch.Tensor], rows: ForwardRows, mask: np.ndarray | None
-    ) -> tuple[torch.Tensor, ...]:
-        if mask is not None:
-            return (self.features.read(further[0]),)
+    @property
+    def padding(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.features.zeros, self.features.nowhere
+
+    def _read_text(self, rows: ForwardRows, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
         slots = np.repeat(rows.slots, np.diff(rows.query_start_loc))
         return (self.features.read_text(further[0], slots, rows.positions),)
 
-    def _keep(self, further: list[torch.Tensor], outputs: Outputs) -> None:
+    def _read(self, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.features.read(further[0]),)
+
+    def _keep(self, outputs: Outputs, *further: torch.Tensor) -> None:
         """Keep the features that rows predict from the last committed token on."""
-        if len(further) > 1:
-            self.features.keep(further[1], outputs[1])
+        self.features.keep(further[1], outputs[1])
 
     def _run_model(
         self, tokens: torch.Tensor, positions: torch.Tensor, *more: torch.Tensor

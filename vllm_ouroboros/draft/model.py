@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import njit
 from vllm.config import (
     ModelConfig,
     VllmConfig,
@@ -20,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.forward_rows import ForwardRows
+from vllm_ouroboros.draft.forward_rows import ForwardRows, slot_mapping
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
@@ -28,29 +27,11 @@ from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_ouroboros.draft.cuda_graphs import DraftGraphs, Outputs
+    from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 
 
-@njit(cache=True)
-def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):
-    """KV slots int64 [T] of positions int64 [T] (-1 stays -1).
-
-    Args:
-        positions: int64 [T], position whose slot a row fills, or -1.
-        query_start_loc: int32 [R + 1], first row of each request.
-        requests: int64 [R], row of each request in ``block_table``.
-        block_table: int32 [*, max_blocks].
-        block_size: tokens a block.
-        slots: int64 [T], written.
-    """
-    for r in range(requests.shape[0]):
-        for row in range(query_start_loc[r], query_start_loc[r + 1]):
-            p = positions[row]
-            if p < 0:
-                slots[row] = -1
-            else:
-                block = block_table[requests[r], p // block_size]
-                slots[row] = np.int64(block) * block_size + p % block_size
+Outputs = tuple[torch.Tensor, ...]
+"""Hidden states [T, hidden], and what else a model computes of T rows."""
 
 
 class DraftModel:
@@ -169,53 +150,65 @@ class DraftModel:
             rows.writes, rows.query_start_loc, rows.requests, table.block_table.np,
             self.block_size, kv_slots,
         )  # fmt: skip
-        masks = () if mask is None else (mask,)
+        starts, contexts = rows.query_start_loc, rows.context_lens
         arrays = (
-            rows.tokens, rows.positions, kv_slots, rows.requests, rows.asked, rows.query_start_loc,
-            rows.context_lens, *masks, *self._further_arrays(rows, mask),
+            rows.requests, rows.tokens, rows.positions, kv_slots, rows.asked,
+            *self._further_arrays(rows, mask),
         )  # fmt: skip
-        tokens, positions, slots, requests, asked, *rest = to_device(runner.device, *arrays)
-        further = rest[2 + len(masks) :]
-        inputs = tokens, positions, slots, *self._read(further, rows, mask)
+        graphs = self.graphs
+        if graphs is not None and mask is not None and graphs.fits(len(contexts), mask):
+            with clock.model("draft"):
+                return graphs.replay(starts, contexts, mask, *arrays)
+        masks = () if mask is None else (mask,)
+        first, count, *given = to_device(runner.device, starts, contexts, *masks, *arrays)
+        masked, (requests, *inputs) = given[: len(masks)], given[len(masks) :]
         block_table = table.block_table.gpu[requests]
         if mask is None:
-            metadata = self._causal(rows, block_table, rest[0], rest[1], inputs)
+            metadata = self._causal(rows, block_table, first, count, inputs[1], inputs[2])
+            tokens, positions, slots, asked, *further = inputs
+            read = self._read_text(rows, *further)
             with clock.model("draft"):
-                outputs = self._run(metadata, *inputs)
-        else:
-            starts, contexts, masked, *_ = rest
-            tree = runner.masked_step(
-                rows.query_start_loc, rows.context_lens, mask, (starts, contexts, masked)
-            )
-            tree.block_table = block_table
-            with clock.model("draft"):
-                if self.graphs is not None and self.graphs.fits(tree):
-                    outputs = self.graphs.replay(tree, *inputs)
-                else:
-                    outputs = self.masked(tree, *inputs)
-        self._keep(further, outputs)
-        return outputs[0][asked]
+                return self._run(metadata, tokens, positions, slots, *read)[0][asked]
+        tree = runner.masked_step(starts, contexts, mask, (first, count, *masked))
+        tree.block_table = block_table
+        with clock.model("draft"):
+            return self.masked(tree, *inputs)
+
+    padding: tuple[int, ...] = ()
+    """What each of `_further_arrays` holds for rows that are none."""
 
     def _further_arrays(self, rows: ForwardRows, mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """What `_read` and `_keep` need on the device."""
+        """Indices int64 [T] that `_read` and `_keep` need on the device."""
         return ()
 
-    def _read(
-        self, further: list[torch.Tensor], rows: ForwardRows, mask: np.ndarray | None
-    ) -> tuple[torch.Tensor, ...]:
-        """What the model reads of T rows beside their tokens."""
+    def _read_text(self, rows: ForwardRows, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model reads of T rows of texts beside their tokens."""
         return ()
 
-    def _keep(self, further: list[torch.Tensor], outputs: Outputs) -> None:
-        """Keep what a later forward will read of this one."""
+    def _read(self, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model reads of T rows that attend by masks beside their tokens."""
+        return ()
 
-    def masked(self, tree: TreeStep, *inputs: torch.Tensor) -> Outputs:
-        """What the model computes of T rows that attend by the masks of ``tree``.
+    def _keep(self, outputs: Outputs, *further: torch.Tensor) -> None:
+        """Keep what a later forward will read of one by masks."""
 
-        ``inputs`` are tokens int32 [T], positions int64 [T], KV slots int64 [T] and
-        `further_inputs`.
+    def masked(
+        self,
+        tree: TreeStep,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        asked: torch.Tensor,
+        *further: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hidden states [M, hidden] of the rows int64 [M] asked for, of T rows that attend by the
+        masks of ``tree``: tokens int32 [T], positions int64 [T], KV slots int64 [T], and what
+        `_further_arrays` says.
         """
-        return self._run(dict.fromkeys(self.layer_names, TreeOnly(tree)), *inputs)
+        metadata = dict.fromkeys(self.layer_names, TreeOnly(tree))
+        outputs = self._run(metadata, tokens, positions, slots, *self._read(*further))
+        self._keep(outputs, *further)
+        return outputs[0][asked]
 
     def _run(
         self,
@@ -251,7 +244,8 @@ class DraftModel:
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         context_lens: torch.Tensor,
-        inputs: tuple[torch.Tensor, ...],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
     ) -> dict[str, Any]:
         """vLLM's own metadata for plain causal rows, by layer."""
         lengths = np.diff(rows.query_start_loc)
@@ -267,9 +261,9 @@ class DraftModel:
             max_query_len=max(2, int(lengths.max())),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=block_table,
-            slot_mapping=inputs[2],
+            slot_mapping=slots,
             causal=True,
-            positions=inputs[1],
+            positions=positions,
         )
         metadata = {}
         for group, names in self.attn_groups:

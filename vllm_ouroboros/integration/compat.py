@@ -148,6 +148,22 @@ def _cache_types(model: ModelConfig) -> tuple[str, ...]:
     return (*own, "fp8", "fp8_e4m3") if current_platform.is_cuda() else own
 
 
+def choose_attention(vllm_config: VllmConfig) -> None:
+    """Take TRITON_ATTN where vLLM would take FlashInfer, whose place no backend of ours takes: on
+    data centre Blackwell, and for an fp8 KV cache. What the user chose stays.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    if not current_platform.is_cuda() or attention.backend is not None:
+        return
+    capability = current_platform.get_device_capability()
+    blackwell = capability is not None and capability.major == 10
+    if blackwell or vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        attention.backend = AttentionBackendEnum.TRITON_ATTN
+
+
 def check_speculative(speculative: SpeculativeConfig) -> list[str]:
     """Options of vLLM's own ways to speculate, which would be ignored without a word."""
     problems = []

@@ -21,7 +21,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.cuda_graphs import MAX_GRAPH_ROWS, SIZES, DraftGraphs, capture_cuda
+from vllm_ouroboros.draft.cuda_graphs import (
+    MAX_GRAPH_ROWS,
+    SIZES,
+    Capture,
+    DraftGraphs,
+    capture_cuda,
+)
 from vllm_ouroboros.integration.runner import TreeBatch, TreeRunner
 from vllm_ouroboros.integration.tree_graphs import TreeDispatcher
 from vllm_ouroboros.kernels.kv_compact import KVLayers
@@ -138,19 +144,22 @@ class OuroborosCUDARunner(TreeRunner):
     def capture_model(self) -> int:
         """vLLM's graphs, then those of the draft model; bytes that they take."""
         taken = super().capture_model()
-        draft, rounds = self.drafter.draft, self.drafter.rounds
-        if not self._captures_draft or draft is None or rounds is None:
+        if not self._captures_draft:
             return taken
         free = torch.cuda.mem_get_info()[0]
-        table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
-        requests = min(rounds.most_requests(self.max_num_reqs), MAX_GRAPH_ROWS)
-        static = StaticSteps(self.device, requests, MAX_GRAPH_ROWS, rounds.widest, draft.max_len)
-        draft.graphs = DraftGraphs(
-            static, table.shape[1], partial(capture_cuda, self.vllm_config), draft.masked,
-            draft.further_inputs(MAX_GRAPH_ROWS),
-        )  # fmt: skip
-        draft.graphs.capture()
+        self._graph_draft(partial(capture_cuda, self.vllm_config))
         return taken + max(0, free - torch.cuda.mem_get_info()[0])
+
+    def _graph_draft(self, capture: Capture) -> None:
+        draft, rounds = self.drafter.draft, self.drafter.rounds
+        assert draft is not None and rounds is not None
+        table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
+        graphs = DraftGraphs(
+            self.device, rounds.most_requests(self.max_num_reqs), rounds.widest, draft.max_len,
+            table, capture, draft.masked, draft.padding,
+        )  # fmt: skip
+        graphs.capture()
+        draft.graphs = graphs
 
     # -- costs ---------------------------------------------------------------------------------
 

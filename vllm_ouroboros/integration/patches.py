@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_ouroboros.config import ConfigError, is_ours, is_selected
-from vllm_ouroboros.integration.compat import SCHEDULER, check_engine, worker
+from vllm_ouroboros.integration.compat import SCHEDULER, check_engine, choose_attention, worker
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def _wrap_check(original: Any) -> Any:
                 raise ConfigError("; ".join(problems))
             vllm_config.parallel_config.worker_cls = worker()
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+            choose_attention(vllm_config)
         function(cls, vllm_config)
 
     return classmethod(check_and_update_config)
@@ -149,9 +150,9 @@ PATCHES = (
         owner=_platform,
         name="check_and_update_config",
         wrap=_wrap_check,
-        why="choose our worker and scheduler, and refuse what cannot work, without flags",
+        why="choose worker, scheduler and attention, and refuse what cannot work, without flags",
         upstream="vllm.platforms.<current>.check_and_update_config",
-        remove_when="a custom proposer can name its worker and scheduler",
+        remove_when="a custom proposer can name its worker, scheduler and attention backends",
     ),
     Patch(
         owner=_engine_args,

@@ -28,7 +28,6 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 import vllm_ouroboros
 from vllm_ouroboros.draft import cuda_graphs as draft_graphs
-from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 from vllm_ouroboros.integration import compat
 from vllm_ouroboros.integration.cpu_worker import OuroborosCPUWorker
 from vllm_ouroboros.integration.cuda_runner import OuroborosCUDARunner
@@ -36,7 +35,6 @@ from vllm_ouroboros.integration.runner import TreeRunner
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
-from vllm_ouroboros.verify.cuda.tree_step import StaticSteps
 
 CALLS = {"tree": 0, "graphs": 0, "padded": 0, "mixed": 0, "replays": 0, "walks": 0}
 draft_graphs.SIZES = 32, 96  # interpreted rows take long
@@ -95,32 +93,17 @@ class Backend(CPUAttentionBackend):
 
 def capture(forward):
     """A "graph" that calls the function again."""
-    results = forward()
+    result = forward()
 
     def replay() -> None:
         CALLS["replays"] += 1
-        for result, found in zip(results, forward(), strict=True):
-            result.copy_(found)
+        result.copy_(forward())
 
-    return replay, results
+    return replay, result
 
 
 class Runner(OuroborosCUDARunner, CPUModelRunner):
     """The CUDA runner on vLLM's runner for the CPU."""
-
-    def initialize_kv_cache(self, *args, **kwargs) -> None:
-        super().initialize_kv_cache(*args, **kwargs)
-        if draft := self.drafter.draft:
-            table = self.input_batch.block_table[draft.kv_cache_gid].block_table.gpu
-            static = StaticSteps(
-                self.device,
-                self.drafter.rounds.most_requests(self.max_num_reqs),
-                draft_graphs.SIZES[-1],
-                self.drafter.rounds.widest,
-                draft.max_len,
-            )
-            more = draft.further_inputs(draft_graphs.SIZES[-1])
-            draft.graphs = DraftGraphs(static, table.shape[1], capture, draft.masked, more)
 
     make_timer = TreeRunner.make_timer
     _idle_target = TreeRunner._idle_target
@@ -128,8 +111,8 @@ class Runner(OuroborosCUDARunner, CPUModelRunner):
 
     def execute_model(self, *args, **kwargs):
         draft = self.drafter.draft
-        if draft is not None and not draft.graphs.graphs:
-            draft.graphs.capture()
+        if draft is not None and draft.graphs is None:
+            self._graph_draft(capture)
         return super().execute_model(*args, **kwargs)
 
     def _check_and_update_cudagraph_mode(self, *args, **kwargs) -> None:

@@ -339,3 +339,28 @@ def test_shipped_assets_are_complete() -> None:
     for part in ("target", "draft"):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             assert (PAIR / part / name).is_file()
+
+
+@pytest.mark.parametrize(
+    "platform, major, dtype, given, expected",
+    [
+        ("cuda", 10, "auto", None, "TRITON_ATTN"),
+        ("cuda", 9, "fp8", None, "TRITON_ATTN"),
+        ("cuda", 9, "auto", None, None),
+        ("cuda", None, "auto", None, None),
+        ("cuda", 10, "fp8", "FLASHINFER", "FLASHINFER"),
+        ("cpu", 10, "fp8", None, None),
+    ],
+)
+def test_no_backend_is_left_to_vllm_that_trees_cannot_use(
+    monkeypatch, platform, major, dtype, given, expected
+) -> None:
+    from vllm.platforms import current_platform
+
+    found = major and SimpleNamespace(major=major)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: platform == "cuda")
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: found)
+    config = engine(cache={"cache_dtype": dtype}, attention_config=SimpleNamespace(backend=given))
+    compat.choose_attention(config)
+    backend = config.attention_config.backend
+    assert getattr(backend, "name", backend) == expected

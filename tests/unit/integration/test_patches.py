@@ -93,6 +93,7 @@ def configuration(method="custom_class", model=PROPOSER) -> SimpleNamespace:
         speculative_config=method and SimpleNamespace(method=method, model=model),
         parallel_config=SimpleNamespace(worker_cls="auto"),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
+        attention_config=SimpleNamespace(backend=None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from vllm_ouroboros.kernels.kv_compact import KVLayers, kv_compact
 from vllm_ouroboros.kernels.tree_attention import count_depths
+from vllm_ouroboros.verify.cuda.static_arrays import StaticArrays
 from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.tree_step import MaskTensors
 
@@ -81,14 +83,18 @@ class CUDATreeStep:
 
 
 class StaticSteps:
-    """Buffers that a captured graph reads: filled anew before each replay.
+    """What a captured graph reads: filled anew before each replay, by one copy.
 
     Args:
-        device: where they lie.
+        device: where it lies.
         max_requests: most requests of a forward.
         max_rows: most rows of a forward.
         max_query_len: most rows of a request.
         max_context_len: most committed tokens of a request.
+        more: what else the graph reads, and what that holds at first.
+
+    Attributes:
+        more: the same on the device.
     """
 
     def __init__(
@@ -98,12 +104,13 @@ class StaticSteps:
         max_rows: int,
         max_query_len: int,
         max_context_len: int,
+        more: Sequence[np.ndarray] = (),
     ) -> None:
-        words = -(-max_query_len // 32)
-        self.mask = torch.zeros(max_rows, words, dtype=torch.int32, device=device)
-        self.query_start_loc = torch.zeros(max_requests + 1, dtype=torch.int32, device=device)
-        self.context_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
         self.max_query_len, self.max_context_len = max_query_len, max_context_len
+        first = np.zeros(max_requests + 1, np.int32), np.zeros(max_requests, np.int32)
+        mask = np.zeros((max_rows, -(-max_query_len // 32)), np.int32)
+        self._arrays = StaticArrays(device, [*first, *more, mask])
+        self.query_start_loc, self.context_lens, *self.more, self.mask = self._arrays.tensors
 
     def step(self, num_requests: int, num_rows: int, block_table: torch.Tensor) -> CUDATreeStep:
         """The step of a graph for R requests and T rows; ``block_table`` must be persistent."""
@@ -113,13 +120,20 @@ class StaticSteps:
             self.max_context_len,
         )  # fmt: skip
 
-    def fill(self, query_start_loc: np.ndarray, context_lens: np.ndarray, mask: np.ndarray) -> None:
+    def fill(
+        self,
+        query_start_loc: np.ndarray,
+        context_lens: np.ndarray,
+        mask: np.ndarray,
+        more: Sequence[np.ndarray] = (),
+    ) -> None:
         """Write a batch of fewer requests and rows than a graph has: the others get no rows.
 
         Args:
             query_start_loc: int32 [R + 1].
             context_lens: int32 [R].
             mask: int32 [T, words], of as many words as it needs.
+            more: what else the graph reads, whole.
         """
         starts = np.full(len(self.query_start_loc), query_start_loc[-1], np.int32)
         starts[: len(query_start_loc)] = query_start_loc
@@ -127,16 +141,4 @@ class StaticSteps:
         contexts[: len(context_lens)] = context_lens
         wide = np.zeros((len(mask), self.mask.shape[1]), np.int32)
         wide[:, : mask.shape[1]] = mask
-        parts = to_device(self.mask.device, starts, contexts, wide)
-        self.query_start_loc.copy_(parts[0])
-        self.context_lens.copy_(parts[1])
-        self.mask[: len(mask)].copy_(parts[2])
-
-    def copy(self, step: CUDATreeStep) -> None:
-        """The same with a step that is on the device."""
-        num_requests, words = len(step.context_lens), step.mask.shape[1]
-        self.query_start_loc[: num_requests + 1].copy_(step.query_start_loc)
-        self.query_start_loc[num_requests + 1 :].fill_(step.num_rows)
-        self.context_lens[:num_requests].copy_(step.context_lens)
-        self.mask[: step.num_rows, :words].copy_(step.mask)
-        self.mask[: step.num_rows, words:].zero_()
+        self._arrays.fill(starts, contexts, *more, wide)
