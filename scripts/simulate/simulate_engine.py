@@ -133,17 +133,17 @@ class SimulatedEngine:
             num_speculative_tokens=nodes,
             model_config=SimpleNamespace(
                 max_model_len=MAX_LEN,
+                seed=0,
                 try_get_generation_config=lambda: {"eos_token_id": trace.eos},
                 hf_text_config=SimpleNamespace(to_dict=dict),
             ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
             scheduler_config=SimpleNamespace(max_num_seqs=batch, max_num_batched_tokens=8192),
         )
         clock: Any = StepClock(now=self.watch)
         stand_in: Any = draft
         self.proposer = OuroborosProposer(config, draft=stand_in, clock=clock)
-        self.runner: Any = SimpleNamespace(
-            device=torch.device("cpu"),
-        )
+        self.runner: Any = SimpleNamespace(device=torch.device("cpu"), forwards_overlap=False)
         nothing: Any = SimpleNamespace(processors=SimpleNamespace(all=[]))
         self.proposer.bind(self.runner, nothing)
         if self.proposer.rounds is not None:

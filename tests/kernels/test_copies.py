@@ -14,19 +14,22 @@ from vllm_ouroboros.draft import model as draft_model
 from vllm_ouroboros.draft.alternatives import Choices
 from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.verify.cuda.tree_step import CUDATreeStep
 
 
 class Draft(DraftModel):
     """A draft whose hidden states are what it reads: tokens, and two further arrays."""
 
-    graphs, kv_cache_gid, block_size, layer_names = None, 0, 4, ("layer",)
+    graphs, kv_cache_gid, block_size, layer_names, ranks = None, 0, 4, ("layer",), Ranks()
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def _further_arrays(self, rows, mask):
-        return np.arange(len(rows.tokens)), np.arange(len(rows.tokens)) + 1
+    def _inputs(self, runner, rows, mask):
+        inputs = super()._inputs(runner, rows, mask)
+        further = np.arange(len(rows.tokens))
+        return inputs._replace(arrays=(*inputs.arrays, further, further + 1))
 
     def _read(self, *further):
         return (further[0],)

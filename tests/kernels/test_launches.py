@@ -23,6 +23,7 @@ from vllm_ouroboros.draft.cuda_graphs import DraftGraphs
 from vllm_ouroboros.draft.features import HeadFeatures
 from vllm_ouroboros.draft.forward_rows import ForwardRows
 from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.integration import runner as runner_module
 from vllm_ouroboros.integration.cuda_runner import OuroborosCUDARunner
 from vllm_ouroboros.kernels import kv_compact, tree_accept
@@ -177,7 +178,7 @@ def test_a_round_of_drafting_around_its_graph(counts, batch) -> None:
         )
     )
     draft = DraftModel.__new__(DraftModel)
-    draft.kv_cache_gid, draft.block_size = 0, PAGE
+    draft.kv_cache_gid, draft.block_size, draft.ranks = 0, PAGE, Ranks()
     draft.graphs = DraftGraphs(
         CPU, 2 * batch, 8, 64, table.block_table.gpu,
         lambda function: (lambda: None, function()),
@@ -203,7 +204,7 @@ def test_a_round_of_drafting_around_its_graph(counts, batch) -> None:
 def test_features_of_a_step(counts, batch) -> None:
     features, hidden = HeadFeatures(batch, 64, 4, 8, torch.float32, CPU), torch.rand(2 * batch, 8)
     with counting(counts, up=1, launches=2):  # gather, scatter
-        features.add(
-            np.arange(batch), np.zeros(batch, int), np.full(batch, 2), hidden,
-            np.arange(2 * batch),
-        )  # fmt: skip
+        places = features.place(
+            np.arange(batch), np.zeros(batch, int), np.full(batch, 2), np.arange(2 * batch)
+        )
+        features.store(hidden, *places)

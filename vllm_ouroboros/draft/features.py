@@ -50,6 +50,7 @@ class HeadFeatures:
         self._kept = torch.zeros(self.nowhere + 1, hidden, dtype=dtype, device=device)
         self._first, self._end = np.zeros((2, requests), np.int64)  # places that have features
         self._step = self._kept[:0]  # of the last step, if a chunk was longer than ``most``
+        self._has_step = False
         self._step_offset = np.zeros(requests, np.int64)  # row of a slot's place 0 in these
 
     # -- rows of the buffer ------------------------------------------------------------------------
@@ -78,13 +79,20 @@ class HeadFeatures:
         """Features [T, hidden] of rows int64 [T]."""
         return self._kept[rows]
 
-    def read_text(self, rows: torch.Tensor, slots: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """The same of rows that `before` gave, with what the last step made beyond them."""
-        found, wanted = self._kept[rows], places - 1
-        if len(self._step):
-            early = (self._first[slots] <= wanted) & (wanted < self._end[slots] - self.most)
-            if at := np.flatnonzero(early).tolist():
-                found[at] = self._step[(self._step_offset[slots] + wanted)[at].tolist()]
+    def beyond(self, slots: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For `before`: which of the rows int64 [T] the last step alone has, and where."""
+        wanted = places - 1
+        early = (self._first[slots] <= wanted) & (wanted < self._end[slots] - self.most)
+        at = np.flatnonzero(early & self._has_step)
+        return at, (self._step_offset[slots] + wanted)[at]
+
+    def read_text(
+        self, rows: torch.Tensor, more: tuple[np.ndarray, np.ndarray] | None
+    ) -> torch.Tensor:
+        """The same of rows that `before` gave, and of those of `beyond`."""
+        found = self._kept[rows]
+        if more is not None and len(more[0]):
+            found[more[0].tolist()] = self._step[more[1].tolist()]
         return found
 
     def keep(self, rows: torch.Tensor, features: torch.Tensor) -> None:
@@ -97,23 +105,17 @@ class HeadFeatures:
         """The slot belongs to another request from now on."""
         self._first[slot] = self._end[slot] = 0
 
-    def add(
-        self,
-        slots: np.ndarray,
-        firsts: np.ndarray,
-        counts: np.ndarray,
-        hidden: torch.Tensor,
-        rows: np.ndarray,
-    ) -> None:
-        """Keep the features that a step made of texts.
+    def place(
+        self, slots: np.ndarray, firsts: np.ndarray, counts: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Where to keep the features that a step made of texts, for `store`.
 
         Args:
             slots: int64 [R].
             firsts: int64 [R], each one's first place; those behind it that are known already are
                 no longer the text's.
             counts: int64 [R], consecutive places of each.
-            hidden: [*, hidden], what the step made.
-            rows: int64 [sum of counts], those of the texts.
+            rows: int64 [sum of counts], those of the texts among the rows of the step.
         """
         ends = firsts + counts
         joined = (self._first[slots] <= firsts) & (firsts <= self._end[slots])
@@ -122,14 +124,28 @@ class HeadFeatures:
         since = np.where(joined, np.maximum(self._first[slots], oldest), firsts)
         self._first[slots], self._end[slots] = since, ends
         starts = np.cumsum(counts) - counts
-        self._step, self._step_offset[slots] = self._kept[:0], starts - firsts
+        self._step_offset[slots] = starts - firsts
         places = np.arange(len(rows)) + np.repeat(firsts - starts, counts)
         kept = np.flatnonzero(places >= np.repeat(ends, counts) - self.most)
         where = (np.repeat(slots, counts) * self.most + places % self.most)[kept]
-        source, target = to_device(self._kept.device, rows[kept], where)
-        self._kept[target] = hidden[source]
-        if len(kept) < len(rows):
-            self._step = hidden[to_device(self._kept.device, rows)[0]]
+        self._has_step = len(kept) < len(rows)
+        return rows[kept], where, rows if self._has_step else None
+
+    def store(
+        self, hidden: torch.Tensor, source: np.ndarray, target: np.ndarray, step: np.ndarray | None
+    ) -> None:
+        """Keep features of a step.
+
+        Args:
+            hidden: [*, hidden], what the step made.
+            source: int64 [N], rows of it.
+            target: int64 [N], rows of the buffer.
+            step: int64, rows of it to keep until the next step.
+        """
+        given = (source, target) if step is None else (source, target, step)
+        read, write, *whole = to_device(self._kept.device, *given)
+        self._kept[write] = hidden[read]
+        self._step = hidden[whole[0]] if whole else self._kept[:0]
 
     def waiting(self, slot: int) -> int:
         """Places that have features."""

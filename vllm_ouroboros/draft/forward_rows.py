@@ -26,6 +26,25 @@ class ForwardRows(NamedTuple):
     paths: np.ndarray | None = None  # int64 [R], number of the path, -1 for text and chain
 
 
+class ForwardInputs(NamedTuple):
+    """What every rank needs to run a draft forward of T rows, R requests.
+
+    Attributes:
+        query_start_loc: int32 [R + 1].
+        context_lens: int32 [R].
+        mask: int32 [T, words] of `step_mask`, or None for plain causal rows.
+        arrays: int64 [R] rows of the block table, int32 [T] tokens, int64 [T] positions, int64 [T]
+            KV slots, int64 [M] rows asked for, and what else a kind of draft model reads.
+        more: of a head's text, see `HeadFeatures.read_text`.
+    """
+
+    query_start_loc: np.ndarray
+    context_lens: np.ndarray
+    mask: np.ndarray | None
+    arrays: tuple[np.ndarray, ...]
+    more: tuple[np.ndarray, np.ndarray] | None = None
+
+
 @njit(cache=True)
 def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):
     """KV slots int64 [T] of positions int64 [T] (-1 stays -1).

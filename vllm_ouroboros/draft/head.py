@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +14,15 @@ import torch
 
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import HeadFeatures
-from vllm_ouroboros.draft.forward_rows import ForwardRows
+from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows
 from vllm_ouroboros.draft.model import DraftModel, Outputs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
+    from vllm_ouroboros.metrics.step_clock import StepClock
     from vllm_ouroboros.trees.request_state import RequestState
 
 EAGLE = "EagleLlamaForCausalLM"
@@ -113,6 +116,11 @@ class DraftHead(DraftModel):
         self.short: ShortVocabulary | None = None
         self.state: RequestState | None = None
 
+    @classmethod
+    def is_whole(cls, vllm_config: VllmConfig) -> bool:
+        """Never: it shares embeddings and LM head with a target that has a part on each rank."""
+        return False
+
     def use(self, state: RequestState) -> None:
         """Draft for the requests of ``state``."""
         self.state = state
@@ -140,13 +148,17 @@ class DraftHead(DraftModel):
         if self.short is not None:
             self.short.forget()
 
-    def _further_arrays(self, rows: ForwardRows, mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Where features are read, and where those that the rows predict are kept."""
+    def _inputs(
+        self, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
+    ) -> ForwardInputs:
+        """As for any draft model, with rows of features to read, and to keep those predicted."""
         assert self.state is not None
+        inputs = super()._inputs(runner, rows, mask)
         at, features = _Places.of(rows, self.state), self.features
         reads = features.before(at.slots, at.positions)
         if mask is None:
-            return (reads,)
+            more = features.beyond(at.slots, at.positions)
+            return inputs._replace(arrays=(*inputs.arrays, reads), more=more)
         chain, path = (at.chain >= 0) & (at.levels <= 0), at.levels > 0
         reads = np.where(chain, features.of_chain(at.slots, at.chain), reads)
         reads = np.where(path, features.of_paths(at.slots, at.paths, at.levels - 1), reads)
@@ -155,15 +167,14 @@ class DraftHead(DraftModel):
             features.of_chain(at.slots, at.chain + 1),
             features.of_paths(at.slots, at.paths, at.levels),
         )
-        return reads, writes
+        return inputs._replace(arrays=(*inputs.arrays, reads, writes))
 
     @property
     def padding(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.features.zeros, self.features.nowhere
 
-    def _read_text(self, rows: ForwardRows, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        slots = np.repeat(rows.slots, np.diff(rows.query_start_loc))
-        return (self.features.read_text(further[0], slots, rows.positions),)
+    def _read_text(self, inputs: ForwardInputs, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.features.read_text(further[0], inputs.more),)
 
     def _read(self, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.features.read(further[0]),)
@@ -182,9 +193,9 @@ class DraftHead(DraftModel):
         device = self.target_config.device_config.device
         return (torch.zeros(rows, self.hidden, dtype=self.dtype, device=device),)
 
-    def logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
         if not short or self.short is None:
-            return super().logits(hidden)
+            return super().compute_logits(hidden)
         return self.short.short_logits(self.model.lm_head, hidden)
 
     def profile(self, rows: int) -> None:
@@ -192,7 +203,34 @@ class DraftHead(DraftModel):
         hidden = torch.zeros(
             rows, self.hidden, dtype=self.dtype, device=self.target_config.device_config.device
         )
-        self.logits(hidden, short=True).float().softmax(-1)
+        self.compute_logits(hidden, short=True).float().softmax(-1)
+
+    def keep_text(
+        self,
+        slots: np.ndarray,
+        firsts: np.ndarray,
+        counts: np.ndarray,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+    ) -> None:
+        """Keep the features that a step made of texts, on every rank.
+
+        Args:
+            slots: int64 [R].
+            firsts: int64 [R], the first place of each.
+            counts: int64 [R], consecutive places of each.
+            hidden: [*, hidden], what the target made in the step.
+            rows: int64 [sum of counts], those of the texts.
+        """
+        places = self.features.place(slots, firsts, counts, rows)
+        self.ranks.tell("features", *places)
+        self.features.store(hidden, *places)
+
+    def orders(self, clock: StepClock, runner: GPUModelRunner) -> dict[str, Callable[..., None]]:
+        def features(*places: Any) -> None:
+            self.features.store(runner.hidden_states, *places)
+
+        return {**super().orders(clock, runner), "features": features}
 
     def cannot_wait(self, slot: int) -> bool:
         return self.features.runs_out(slot)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from vllm.config import (
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.draft.forward_rows import ForwardRows, slot_mapping
+from vllm_ouroboros.draft.causal import causal_metadata
+from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows, slot_mapping
+from vllm_ouroboros.draft.ranks import Ranks, one_rank
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
@@ -68,6 +70,19 @@ class DraftModel:
         self.kv_cache_gid = -1
         self.graphs: DraftGraphs | None = None  # on CUDA devices, unless eager
         self.short_ids: np.ndarray | None = None  # int64, all that it may draft, if few
+        self.ranks = Ranks()  # those that have a part of it
+        self.sharding: Callable[[], AbstractContextManager[None]] = nullcontext
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            if self.is_whole(vllm_config):
+                self.sharding = one_rank
+            else:
+                self.ranks = Ranks.of_engine()
+
+    @classmethod
+    def is_whole(cls, vllm_config: VllmConfig) -> bool:
+        """Whether the first rank runs all of it; else each rank has a part, as of the target."""
+        size = vllm_config.speculative_config.draft_tensor_parallel_size
+        return (size or 1) == 1
 
     def load(self, target: torch.nn.Module) -> None:
         """Load the weights; the layers register themselves for KV cache.
@@ -86,7 +101,8 @@ class DraftModel:
             lora_config=None,
             model_config=self.model_config,
         )
-        with set_current_vllm_config(self.vllm_config), set_model_tag("ouroboros_draft"):
+        tag = set_model_tag("ouroboros_draft")
+        with set_current_vllm_config(self.vllm_config), tag, self.sharding():
             self.model = get_model(vllm_config=self.vllm_config, prefix="ouroboros_draft")
         self._of_target = {one.data_ptr() for one in target.parameters()}
         layers = get_layers_from_vllm_config(self.target_config, Attention)
@@ -136,7 +152,8 @@ class DraftModel:
     def forward(
         self, clock: StepClock, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
     ) -> torch.Tensor:
-        """Hidden states [M, hidden] of the M rows asked for, of T rows.
+        """Hidden states [M, hidden] of the M rows asked for, of T rows, on every rank that has a
+        part of the model.
 
         Args:
             clock: keeps the model's time apart from the preparation's.
@@ -144,44 +161,67 @@ class DraftModel:
             rows: of some requests.
             mask: int32 [T, words] of `step_mask`, or None for plain causal rows.
         """
+        inputs = self._inputs(runner, rows, mask)
+        self.ranks.tell("forward", *inputs)
+        return self.run(clock, runner, inputs)
+
+    def _inputs(
+        self, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
+    ) -> ForwardInputs:
         table = runner.input_batch.block_table[self.kv_cache_gid]
         kv_slots = np.empty(len(rows.tokens), np.int64)
         slot_mapping(
             rows.writes, rows.query_start_loc, rows.requests, table.block_table.np,
             self.block_size, kv_slots,
         )  # fmt: skip
-        starts, contexts = rows.query_start_loc, rows.context_lens
-        arrays = (
-            rows.requests, rows.tokens, rows.positions, kv_slots, rows.asked,
-            *self._further_arrays(rows, mask),
-        )  # fmt: skip
+        arrays = rows.requests, rows.tokens, rows.positions, kv_slots, rows.asked
+        return ForwardInputs(rows.query_start_loc, rows.context_lens, mask, arrays)
+
+    def run(self, clock: StepClock, runner: GPUModelRunner, inputs: ForwardInputs) -> torch.Tensor:
+        """This rank's part of `forward`."""
+        starts, contexts, mask, arrays, _ = inputs
         graphs = self.graphs
         if graphs is not None and mask is not None and graphs.fits(len(contexts), mask):
             with clock.model("draft"):
                 return graphs.replay(starts, contexts, mask, *arrays)
         masks = () if mask is None else (mask,)
         first, count, *given = to_device(runner.device, starts, contexts, *masks, *arrays)
-        masked, (requests, *inputs) = given[: len(masks)], given[len(masks) :]
-        block_table = table.block_table.gpu[requests]
+        masked, (requests, *on_device) = given[: len(masks)], given[len(masks) :]
+        block_table = runner.input_batch.block_table[self.kv_cache_gid].block_table.gpu[requests]
         if mask is None:
-            metadata = self._causal(rows, block_table, first, count, inputs[1], inputs[2])
-            tokens, positions, slots, asked, *further = inputs
-            read = self._read_text(rows, *further)
+            tokens, positions, slots, asked, *further = on_device
+            common = causal_metadata(inputs, block_table, first, count, positions, slots)
+            metadata = {
+                name: built
+                for group, names in self.attn_groups
+                for built in (group.build_metadata(common, 0),)
+                for name in names
+            }
+            read = self._read_text(inputs, *further)
             with clock.model("draft"):
                 return self._run(metadata, tokens, positions, slots, *read)[0][asked]
         tree = runner.masked_step(starts, contexts, mask, (first, count, *masked))
         tree.block_table = block_table
         with clock.model("draft"):
-            return self.masked(tree, *inputs)
+            return self.masked(tree, *on_device)
+
+    def orders(self, clock: StepClock, runner: GPUModelRunner) -> dict[str, Callable[..., None]]:
+        """What a rank that follows can be told to do, by name."""
+        hidden = torch.empty(0)
+
+        def forward(*inputs: Any) -> None:
+            nonlocal hidden
+            hidden = self.run(clock, runner, ForwardInputs(*inputs))
+
+        def logits(short: bool) -> None:
+            self.compute_logits(hidden, short=short)
+
+        return {"forward": forward, "logits": logits}
 
     padding: tuple[int, ...] = ()
-    """What each of `_further_arrays` holds for rows that are none."""
+    """What each further array of a masked forward holds for rows that are none."""
 
-    def _further_arrays(self, rows: ForwardRows, mask: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Indices int64 [T] that `_read` and `_keep` need on the device."""
-        return ()
-
-    def _read_text(self, rows: ForwardRows, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _read_text(self, inputs: ForwardInputs, *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the model reads of T rows of texts beside their tokens."""
         return ()
 
@@ -203,7 +243,7 @@ class DraftModel:
     ) -> torch.Tensor:
         """Hidden states [M, hidden] of the rows int64 [M] asked for, of T rows that attend by the
         masks of ``tree``: tokens int32 [T], positions int64 [T], KV slots int64 [T], and what
-        `_further_arrays` says.
+        further arrays there are.
         """
         metadata = dict.fromkeys(self.layer_names, TreeOnly(tree))
         outputs = self._run(metadata, tokens, positions, slots, *self._read(*further))
@@ -224,7 +264,7 @@ class DraftModel:
             num_tokens=len(tokens),
             slot_mapping=dict.fromkeys(self.layer_names, slots),
         )
-        with context:
+        with context, self.sharding():
             return self._run_model(tokens, positions, *more)
 
     def _run_model(
@@ -238,46 +278,19 @@ class DraftModel:
         """Zeros in the place of what the model reads beside tokens and positions."""
         return ()
 
-    def _causal(
-        self,
-        rows: ForwardRows,
-        block_table: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        context_lens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> dict[str, Any]:
-        """vLLM's own metadata for plain causal rows, by layer."""
-        lengths = np.diff(rows.query_start_loc)
-        seq_lens = torch.from_numpy((rows.context_lens + lengths).astype(np.int32))
-        common = CommonAttentionMetadata(
-            query_start_loc=query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(rows.query_start_loc),
-            seq_lens=context_lens + query_start_loc.diff(),
-            seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=len(lengths),
-            num_actual_tokens=len(rows.tokens),
-            # TRITON_ATTN decodes with scratch of the size of the target's heads: 2 keeps off it
-            max_query_len=max(2, int(lengths.max())),
-            max_seq_len=int(seq_lens.max()),
-            block_table_tensor=block_table,
-            slot_mapping=slots,
-            causal=True,
-            positions=positions,
-        )
-        metadata = {}
-        for group, names in self.attn_groups:
-            built = group.build_metadata(common, 0)
-            metadata.update(dict.fromkeys(names, built))
-        return metadata
-
     def logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
-        """Logits [M, vocab] of hidden states [M, hidden].
+        """Logits [M, vocab] of the hidden states [M, hidden] of the last forward.
 
         ``short`` asks for those of `short_ids` alone, where there are such.
         """
+        self.ranks.tell("logits", short)
+        return self.compute_logits(hidden, short=short)
+
+    def compute_logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
+        """This rank's part of `logits`."""
         del short
-        return self.model.compute_logits(hidden)
+        with self.sharding():
+            return self.model.compute_logits(hidden)
 
     def cannot_wait(self, slot: int) -> bool:
         """Whether a request must read its text now, even if nothing is drafted for it."""
@@ -289,7 +302,8 @@ class DraftModel:
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Compile the model on ``num_tokens`` rows without a KV cache."""
-        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+        context = set_forward_context(None, self.vllm_config, num_tokens=num_tokens)
+        with context, self.sharding():
             device = self.target_config.device_config.device
             self._run_model(
                 torch.zeros(num_tokens, dtype=torch.int32, device=device),

@@ -26,7 +26,7 @@ WORKERS = {
 SCHEDULER = "vllm_ouroboros.integration.scheduler.OuroborosScheduler"
 
 _SPECULATIVE = frozenset({
-    "model", "method", "num_speculative_tokens",
+    "model", "method", "num_speculative_tokens", "draft_tensor_parallel_size",
     # vLLM fills these in
     "prompt_lookup_max", "prompt_lookup_min", "target_model_config", "target_parallel_config",
     "draft_model_config", "draft_parallel_config",
@@ -110,8 +110,6 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
     refused = (
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size",
          parallel.pipeline_parallel_size, "1"),
-        (parallel.tensor_parallel_size > 1, "tensor_parallel_size",
-         parallel.tensor_parallel_size, "1"),
         (parallel.decode_context_parallel_size > 1, "decode_context_parallel_size",
          parallel.decode_context_parallel_size, "1"),
         (parallel.prefill_context_parallel_size > 1, "prefill_context_parallel_size",
@@ -134,6 +132,7 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         if bad
     ]
     problems += check_speculative(vllm_config.speculative_config)
+    problems += check_draft_parallel(vllm_config, config.draft_model)
     problems += check_model("model", model)
     if config.draft_model is not None:
         problems += check_draft(config.draft_model, model)
@@ -146,6 +145,23 @@ def _cache_types(model: ModelConfig) -> tuple[str, ...]:
 
     own = ("auto", str(model.dtype).removeprefix("torch."))
     return (*own, "fp8", "fp8_e4m3") if current_platform.is_cuda() else own
+
+
+def check_draft_parallel(vllm_config: VllmConfig, draft: str | None) -> list[str]:
+    """Whether a draft model can be shared by so many ranks."""
+    from vllm_ouroboros.draft.head import is_head
+
+    given = vllm_config.speculative_config.draft_tensor_parallel_size
+    size = vllm_config.parallel_config.tensor_parallel_size
+    head = draft is not None and is_head(draft)
+    if given is None or given == size or (given == 1 and not head):
+        return []
+    fix = (
+        f"{size}: a head shares the target's LM head"
+        if head
+        else " or ".join(dict.fromkeys(("1", str(size))))
+    )
+    return [f"speculative_config.draft_tensor_parallel_size = {given} cannot be had: use {fix}"]
 
 
 def choose_attention(vllm_config: VllmConfig) -> None:

@@ -46,16 +46,24 @@ class LiveRequests:
         drafting: holds the slots.
         eos: ids that end a text.
         max_model_len: longest text, in tokens.
+        seed: of the engine. Requests without a seed get theirs from it in the order in which they
+            come, so that all ranks of an engine draw the same noise.
     """
 
     def __init__(
-        self, config: OuroborosConfig, drafting: Drafting, eos: frozenset[int], max_model_len: int
+        self,
+        config: OuroborosConfig,
+        drafting: Drafting,
+        eos: frozenset[int],
+        max_model_len: int,
+        seed: int,
     ) -> None:
         self.per_request = config.pool_scope == "request"
         self.drafting = drafting
         self.scopes = Scopes(drafting.pool)
         self.eos = eos
         self.max_model_len = max_model_len
+        self.seeds = torch.Generator().manual_seed(seed)
         self.device = torch.device("cpu")
         self.custom_processors = self.opaque_processors = False
         self.draft_prefix: Callable[[str, int], int] = lambda req_id, computed: computed
@@ -131,7 +139,9 @@ class LiveRequests:
             scope=scope,
             speculates=not self.opaque_processors and can_speculate(params),
             chain_only=params.structured_outputs is not None,
-            sampling=RequestSampling.of(state, self.eos, self.custom_processors, self.device),
+            sampling=RequestSampling.of(
+                state, self.eos, self.custom_processors, self.device, self.seeds
+            ),
             max_tokens=params.max_tokens or self.max_model_len,
         )
         self.resume(req_id, num_computed)

@@ -12,6 +12,7 @@ from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.draft.head import DraftHead, is_head
 from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.draft.rounds import DraftRounds
 from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.deferred import Deferred
@@ -29,6 +30,7 @@ from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.policy.throughput import Step
 from vllm_ouroboros.trees import drafting
 from vllm_ouroboros.trees.drafting import Drafting
+from vllm_ouroboros.trees.packing import pack_trees, unpack_trees
 from vllm_ouroboros.verify.acceptance import Verified
 from vllm_ouroboros.verify.token_sampler import (
     RequestSampling,
@@ -68,9 +70,12 @@ class OuroborosProposer:
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.budget: int = vllm_config.num_speculative_tokens
         self.draft = draft
+        parallel = vllm_config.parallel_config
+        self.ranks = Ranks.of_engine() if parallel.tensor_parallel_size > 1 else Ranks()
         if config.draft_model is not None and draft is None:
             kind = DraftHead if is_head(config.draft_model) else DraftModel
-            self.draft = kind(config.draft_model, vllm_config)
+            if not (self.ranks.follows and kind.is_whole(vllm_config)):
+                self.draft = kind(config.draft_model, vllm_config)
         head = self.draft if isinstance(self.draft, DraftHead) else None
         self.eos = eos_token_ids(vllm_config)
         self.drafting = Drafting(
@@ -88,7 +93,9 @@ class OuroborosProposer:
         self.head = head
         if head is not None:
             head.use(self.drafting.state)
-        self.requests = LiveRequests(config, self.drafting, self.eos, self.max_model_len)
+        self.requests = LiveRequests(
+            config, self.drafting, self.eos, self.max_model_len, vllm_config.model_config.seed
+        )
         self.deferred = Deferred()
         self._on_release = [head.features.forget] if head is not None else []
         self.requests.on_release = self._release
@@ -150,7 +157,7 @@ class OuroborosProposer:
             self.draft.load(target)
         drafting.warm_up()
         acceptance_estimates.warm_up()
-        if self.config.pool_path is not None:
+        if self.config.pool_path is not None and not self.ranks.follows:
             self.persistence = Persistence(self.drafting.pool, self.config.pool_path, model)
             self.requests.idle_save = self.persistence.idle_save
 
@@ -206,7 +213,9 @@ class OuroborosProposer:
             The trees' tokens, flat, parents before children.
         """
         del slot_mappings
-        with self.clock.phase("propose"):
+        if self.ranks.follows:
+            return self._follow()
+        with self.ranks.deciding(), self.clock.phase("propose"):
             with self.clock.phase("learn"):
                 self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
                 if self.head is not None:
@@ -215,8 +224,19 @@ class OuroborosProposer:
             self._end_step(sampled_token_ids)
             if self.persistence is not None:
                 self.deferred.call(self.persistence.save_if_due)
+            if self.ranks.leads:
+                batch = self.runner.input_batch.req_ids
+                self.ranks.end(*pack_trees([self.requests[req_id].tree for req_id in batch]))
         self.clock.end_step(len(drafts))
         return drafts
+
+    def _follow(self) -> list[list[int]]:
+        """The trees that the first rank drafts."""
+        orders = self.draft.orders(self.clock, self.runner) if self.draft is not None else {}
+        trees = unpack_trees(*self.ranks.follow(orders))
+        for req_id, tree in zip(self.runner.input_batch.req_ids, trees, strict=True):
+            self.requests[req_id].tree = tree
+        return [tree.tokens.tolist() if tree is not None else [] for tree in trees]
 
     def _keep_features(self, head: DraftHead) -> None:
         """Hand the features of this step's text to the draft head: prompts and accepted rows."""
@@ -232,7 +252,7 @@ class OuroborosProposer:
         slots = np.array([self.requests[req_id].slot for req_id in batch.req_ids])
         firsts = batch.num_computed_tokens_cpu[: len(slots)].astype(np.int64)
         counts = np.array([len(some) for some in rows])
-        head.features.add(slots, firsts, counts, runner.hidden_states, np.concatenate(rows))
+        head.keep_text(slots, firsts, counts, runner.hidden_states, np.concatenate(rows))
 
     def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""

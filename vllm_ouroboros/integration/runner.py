@@ -212,13 +212,28 @@ class TreeRunner(GPUModelRunner):
 
     def measure_costs(self) -> None:
         """Measure forwards of both models for the policy, if there is to be one."""
-        if not self.drafter.config.adaptive:
+        drafter = self.drafter
+        if not drafter.config.adaptive:
+            return
+        ranks, draft, most = drafter.ranks, drafter.draft, self.max_num_tokens
+        if ranks.follows:
+            ranks.follow({"target": self._idle_target, "draft": self._idle_draft})
             return
 
-        draft, most = self.drafter.draft, self.max_num_tokens
-        of_target = measure(self._idle_target, most, graphs=self.graph_sizes)
-        of_draft = measure(self._idle_draft, most) if draft is not None else None
-        self.drafter.set_policy(Policy(Costs(of_target, of_draft)))
+        def target(rows: int) -> None:
+            ranks.tell("target", rows)
+            self._idle_target(rows)
+
+        def drafted(rows: int) -> None:
+            assert draft is not None
+            draft.ranks.tell("draft", rows)
+            self._idle_draft(rows)
+
+        with ranks.deciding():
+            of_target = measure(target, most, graphs=self.graph_sizes)
+            of_draft = measure(drafted, most) if draft is not None else None
+            ranks.end()
+        drafter.set_policy(Policy(Costs(of_target, of_draft)))
 
     @property
     def graph_sizes(self) -> list[int]:

@@ -62,18 +62,23 @@ class RequestSampling:
 
     @classmethod
     def of(
-        cls, state: CachedRequestState, eos: frozenset[int], custom: bool, device: torch.device
+        cls,
+        state: CachedRequestState,
+        eos: frozenset[int],
+        custom: bool,
+        device: torch.device,
+        seeds: torch.Generator | None = None,
     ) -> RequestSampling:
         """Read a request's parameters; ``custom`` when the engine has custom processors.
 
         Takes the seeded generator that vLLM made out of ``state``, so that nobody else draws from
-        it or rewinds it. A sampled request without a seed gets one from torch's default generator.
+        it or rewinds it. A sampled request without a seed gets one from ``seeds``.
         """
         params, generator = state.sampling_params, state.generator
         assert params is not None
         state.generator = None
         if generator is None and params.temperature >= _EPS:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), generator=seeds))
             generator = torch.Generator(device).manual_seed(seed)
         stops = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:

@@ -18,14 +18,15 @@ def make(requests: int = 1, longest: int = 60, hidden: int = 2) -> HeadFeatures:
 
 def add(features: HeadFeatures, slot: int, first: int, rows: torch.Tensor) -> None:
     every = np.arange(len(rows))
-    features.add(np.array([slot]), np.array([first]), np.array([len(rows)]), rows, every)
+    places = features.place(np.array([slot]), np.array([first]), np.array([len(rows)]), every)
+    features.store(rows, *places)
 
 
 def before(features: HeadFeatures, slot: int, first: int, end: int) -> list[float]:
     places = np.arange(first, end)
     slots = np.full(len(places), slot)
     rows = torch.from_numpy(features.before(slots, places))
-    return features.read_text(rows, slots, places)[:, 0].tolist()
+    return features.read_text(rows, features.beyond(slots, places))[:, 0].tolist()
 
 
 @given(st.data())
@@ -42,7 +43,8 @@ def test_features_are_those_of_the_places_before(data) -> None:
         counts = np.array([data.draw(st.integers(1, 7)) for _ in slots])
         rows = value + 1 + torch.arange(counts.sum())[:, None].expand(-1, 2).float()
         order = rng.permutation(len(rows))  # in whatever rows of a forward they are
-        features.add(slots, place[slots], counts, rows[np.argsort(order)], order)
+        places = features.place(slots, place[slots], counts, order)
+        features.store(rows[np.argsort(order)], *places)
         for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             for i in range(count):
                 value += 1

@@ -32,9 +32,11 @@ def make(monkeypatch, draft, *, budget=10, max_num_seqs=4, max_rows=256, max_len
         num_speculative_tokens=budget,
         model_config=SimpleNamespace(
             max_model_len=max_len,
+            seed=0,
             try_get_generation_config=lambda: {"eos_token_id": [eos]},
             hf_text_config=SimpleNamespace(to_dict=lambda: {"eos_token_id": None}),
         ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_rows
         ),

@@ -113,6 +113,7 @@ class Speculative:
     max_model_len: int | None = None
     parallel_drafting: bool = False
     rejection_sample_method: str = "standard"
+    draft_tensor_parallel_size: int | None = None
     fly_entropy_window: int = PydanticField()
 
     def __post_init__(self) -> None:
@@ -158,12 +159,13 @@ def _no_filter(monkeypatch, request) -> None:
         engine(cache={"cache_dtype": "bfloat16"}, model_config=model(dtype=torch.bfloat16)),
         engine(lora_config=object()),
         engine(parallel={"data_parallel_size": 2}),
+        engine(parallel={"tensor_parallel_size": 2}),
         engine(model_config=model(is_moe=True)),
         engine(
             parallel={"worker_cls": compat.worker()}, scheduler={"scheduler_cls": compat.SCHEDULER}
         ),
     ],
-    ids=["plain", "dtype", "adapters", "replicas", "experts", "ours already"],
+    ids=["plain", "dtype", "adapters", "replicas", "ranks", "experts", "ours already"],
 )
 def test_a_plain_engine_passes(config) -> None:
     assert compat.check_engine(config) == []
@@ -173,7 +175,6 @@ def test_a_plain_engine_passes(config) -> None:
     "config, key, value",
     [
         (engine(parallel={"pipeline_parallel_size": 2}), "pipeline_parallel_size", "2"),
-        (engine(parallel={"tensor_parallel_size": 4}), "tensor_parallel_size", "4"),
         (engine(parallel={"decode_context_parallel_size": 2}), "decode_context_parallel_size", "2"),
         (
             engine(parallel={"prefill_context_parallel_size": 2}),
@@ -246,7 +247,7 @@ def test_architectures_that_cannot_be_verified(changes, what) -> None:
 
 def test_several_problems_are_all_told() -> None:
     config = engine(
-        parallel={"tensor_parallel_size": 2},
+        parallel={"pipeline_parallel_size": 2},
         kv_transfer_config=object(),
         model_config=model(use_mla=True),
     )
@@ -258,6 +259,31 @@ def test_wrong_options_are_told_before_anything_loads() -> None:
     assert "ouroboros.draft_tokens = 0" in problem
     [problem] = compat.check_engine(engine(options={"adaptive": False}, num_speculative_tokens=3))
     assert "num_speculative_tokens = 3" in problem
+
+
+@pytest.mark.parametrize(
+    "size, given, head, fix",
+    [
+        (2, None, False, None),
+        (2, 1, False, None),
+        (2, 2, False, None),
+        (4, 2, False, "use 1 or 4"),
+        (1, 2, False, "use 1"),
+        (2, None, True, None),
+        (2, 2, True, None),
+        (2, 1, True, "use 2: a head shares the target's LM head"),
+    ],
+)
+def test_ranks_that_share_a_draft_model(size, given, head, fix) -> None:
+    config = engine(
+        parallel={"tensor_parallel_size": size},
+        speculative_config=Speculative(draft_tensor_parallel_size=given),
+    )
+    problems = compat.check_draft_parallel(config, str(PAIR / "head") if head else "draft")
+    assert len(problems) == (fix is not None)
+    if fix is not None:
+        assert f"draft_tensor_parallel_size = {given}" in problems[0]
+        assert fix in problems[0]
 
 
 # -- the draft model -------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""The ranks of a tensor-parallel engine: the first one decides, the others do as it says.
+
+Nothing that a decision rests on (clocks, measured costs, pools, the order of sets) need be the same
+on two ranks then. What they have in common is what vLLM gives them: the logits of the target, which
+every rank has whole, and the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+_DONE, _FAILED = "done", "failed"
+
+
+class Ranks:
+    """The ranks as one of them sees them.
+
+    Args:
+        group: of vLLM's; None: a rank that is alone.
+    """
+
+    def __init__(self, group: GroupCoordinator | None = None) -> None:
+        self._group = group if group is not None and group.world_size > 1 else None
+
+    @classmethod
+    def of_engine(cls) -> Ranks:
+        """The tensor-parallel ranks of this process's engine."""
+        from vllm.distributed import get_tp_group
+
+        return cls(get_tp_group())
+
+    @property
+    def follows(self) -> bool:
+        """Whether another rank decides."""
+        return self._group is not None and self._group.rank_in_group > 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether other ranks wait for what this one decides."""
+        return self._group is not None and self._group.rank_in_group == 0
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """A block of the first rank that gives orders; if it fails, so do the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(_FAILED, repr(error))
+            raise
+
+    def tell(self, order: str, *what: Any) -> None:
+        """Give the other ranks an order; they are in `follow`."""
+        if self._group is not None:
+            self._group.broadcast_object((order, what))
+
+    def end(self, *what: Any) -> None:
+        """Let the other ranks return from `follow`, with a result."""
+        self.tell(_DONE, *what)
+
+    def follow(self, orders: Mapping[str, Callable[..., object]]) -> tuple[Any, ...]:
+        """Do as the first rank says until it ends that.
+
+        Args:
+            orders: what to call, by order.
+
+        Returns:
+            What it said at the end.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        assert self._group is not None
+        while True:
+            order, what = self._group.broadcast_object()
+            if order == _DONE:
+                return what
+            if order == _FAILED:
+                raise RuntimeError(f"tensor-parallel rank 0 failed while it drafted: {what[0]}")
+            orders[order](*what)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A block in which layers of vLLM see a tensor-parallel group of this rank alone.
+
+    They ask for the group when they are made and when they run, and take no other one.
+
+    why: a small draft model that runs on the first rank needs no messages between ranks.
+    upstream: `vllm.distributed.parallel_state._TP` in vLLM 0.32 and 0.33.
+    remove-when: a model can be given its group.
+    """
+    from vllm.distributed import parallel_state
+
+    group = parallel_state.get_tp_group()
+    alone = copy.copy(group)
+    alone.world_size, alone.rank_in_group, alone.ranks = 1, 0, [group.rank]
+    parallel_state._TP = alone
+    try:
+        yield
+    finally:
+        parallel_state._TP = group
