@@ -22,6 +22,8 @@ import pytest
 
 import vllm_ouroboros
 
+from .adapters import adapters  # noqa: F401
+
 PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 PROPOSER = "vllm_ouroboros.OuroborosProposer"
 MODULES = (

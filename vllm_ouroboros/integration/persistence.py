@@ -42,9 +42,14 @@ class Persistence:
         self.idle_save = IdleSave(self._save)
 
     def save_if_due(self) -> None:
-        """Save the pool now and then, while the engine goes on."""
+        """Save the pool now and then, while the engine goes on, and take in what others saved."""
+        self.file.take_in(self.pool)
         if self.file.due():
             self.file.save_in_background(self.pool)
+
+    def start_over(self) -> None:
+        """Let the next save forget what the file has."""
+        self.file.start_over()
 
     def close(self) -> None:
         """Save for the last time."""

@@ -357,6 +357,8 @@ class OuroborosProposer:
         if self.requests.idle_save is not None:
             self.requests.idle_save.busy()
         self.drafting.pool.clear()
+        if self.persistence is not None:
+            self.persistence.start_over()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""

@@ -1,7 +1,9 @@
 """The file of a warm phrase pool: read at start, written now and then and at shutdown.
 
 The file is safetensors: metadata that name the format and the tokenizer, and the rows of
-`file_rows`.
+`file_rows`. Engines may share it: a save writes the union of what the engine has and what the file
+has (`merging.union`), and hands the engine what others learned. A lock file beside it lets one
+engine write at a time; the system takes the lock from a process that dies.
 
 Nothing here raises because of a file; what is wrong is logged, and decoding goes on without it.
 """
@@ -18,8 +20,8 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -27,11 +29,14 @@ import numpy as np
 import safetensors.numpy
 
 from vllm_ouroboros.phrases import file_rows
+from vllm_ouroboros.phrases.merging import union, unknown
 from vllm_ouroboros.phrases.pool import PhrasePool
 
 FORMAT = "vllm-ouroboros phrase pool"
 FORMAT_VERSION = 5
 SAVE_INTERVAL_S = 300.0  # between two periodic saves
+LOCK_TIMEOUT_S = 2.0  # that a save waits for another engine's
+ROWS_AT_ONCE = 4096  # of others' phrases that a step takes in
 
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
 _TEMP_SUFFIX = ".ouroboros-tmp"
@@ -73,6 +78,8 @@ class PoolFile:
         self._ours: tuple[int, ...] | None = None  # mark of the file last found sound
         self._told = ""  # the last warning, to give it once
         self._thread: threading.Thread | None = None
+        self._merges = True
+        self._news: dict[str, np.ndarray] | None = None  # phrases of others, not taken in yet
 
     def load(self, pool: PhrasePool) -> int:
         """Make the file's phrases the contents of ``pool``; returns how many it then holds.
@@ -102,7 +109,7 @@ class PoolFile:
         `flush` waits until the disk has the new file before it takes the place of the old one.
         """
         self._wait()
-        return self._write(file_rows.snapshot(pool.arrays), _insertions(pool), flush=flush)
+        return self._write(*self._work(pool), flush=flush)
 
     def due(self) -> bool:
         """Whether it is time for a periodic save."""
@@ -111,14 +118,15 @@ class PoolFile:
     def save_in_background(self, pool: PhrasePool) -> bool:
         """Copy the shared phrases now and write them in a thread; returns whether it was started.
 
-        It is not if nothing was inserted since the last save or the last one is still at work.
-        Either way the next save is due `SAVE_INTERVAL_S` from now.
+        It is not if nothing was inserted since the last save and nobody else wrote the file, or if
+        the last one is still at work. Either way the next save is due `SAVE_INTERVAL_S` from now.
         """
         self._next = self._clock() + SAVE_INTERVAL_S
-        if (self._thread and self._thread.is_alive()) or _insertions(pool) == self._saved:
+        if self._thread and self._thread.is_alive():
             return False
-        work = (file_rows.snapshot(pool.arrays), _insertions(pool))
-        thread = threading.Thread(target=self._write, args=work, daemon=True)
+        if _insertions(pool) == self._saved and not self._changed():
+            return False
+        thread = threading.Thread(target=self._write, args=self._work(pool), daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -126,6 +134,21 @@ class PoolFile:
             return False
         self._thread = thread
         return True
+
+    def take_in(self, pool: PhrasePool) -> int:
+        """Put some phrases that others wrote into the pool; returns how many were left to do."""
+        news = self._news
+        if news is None:
+            return 0
+        left = len(news["keys"])
+        file_rows.fill(pool, {name: rows[-ROWS_AT_ONCE:] for name, rows in news.items()})
+        rest = {name: rows[:-ROWS_AT_ONCE] for name, rows in news.items()}
+        self._news = rest if left > ROWS_AT_ONCE else None
+        return left
+
+    def start_over(self) -> None:
+        """Let the next save forget what the file has, that of others included."""
+        self._merges, self._news = False, None
 
     def close(self, pool: PhrasePool) -> bool:
         """Wait for a running write, then save what changed; returns whether that was written.
@@ -135,6 +158,17 @@ class PoolFile:
         """
         self._wait()
         return _insertions(pool) != self._saved and self.save(pool, flush=False)
+
+    def _work(self, pool: PhrasePool) -> tuple[tuple[np.ndarray, ...], int, tuple[int, int]]:
+        """Arguments of `_write`: the shared phrases, insertions, and the pool's keys and G."""
+        arrays = pool.arrays
+        return file_rows.snapshot(arrays), _insertions(pool), arrays.lengths.shape
+
+    def _changed(self) -> bool:
+        """Whether another engine wrote the file since this one read or wrote it."""
+        with suppress(OSError):
+            return _mark(self.path.stat()) != self._ours
+        return False
 
     def _wait(self) -> None:
         if self._thread:
@@ -197,14 +231,26 @@ class PoolFile:
                 raise _ForeignError(f"is for another {key.replace('_', ' ')} ({what})")
 
     def _write(
-        self, snapshot: tuple[np.ndarray, ...], insertions: int, *, flush: bool = True
+        self,
+        snapshot: tuple[np.ndarray, ...],
+        insertions: int,
+        room: tuple[int, int],
+        *,
+        flush: bool = True,
     ) -> bool:
         try:
             tensors = file_rows.rows_of(snapshot, self.vocab_size)
             if not tensors["keys"].size:
                 return False
-            self._refuse_foreign()
-            self._replace(safetensors.numpy.save(tensors, self._metadata()), flush)
+            with self._lock():
+                changed = self._changed()
+                theirs = self._read() if self._merges else None
+                if theirs is not None:
+                    if changed:
+                        self._news = unknown(tensors, theirs)
+                    tensors = union(tensors, theirs, *room, news=changed)
+                self._refuse_foreign()
+                self._replace(safetensors.numpy.save(tensors, self._metadata()), flush)
         except _ForeignError as error:
             self._warn(f"{error}: phrases are not saved, and the file stays as it is", _FIX)
             return False
@@ -212,8 +258,30 @@ class PoolFile:
             why = getattr(error, "strerror", None) or error
             self._warn(f"was not written ({why})", "what stood there is unchanged")
             return False
-        self._saved, self._told = insertions, ""
+        self._saved, self._told, self._merges = insertions, "", True
         return True
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """A block in which no other engine writes the file.
+
+        Raises:
+            TimeoutError: another one is at it.
+        """
+        beside = self.path.with_name(f".{self.path.name}.lock")
+        with beside.open("a") as file:
+            until = time.monotonic() + LOCK_TIMEOUT_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise TimeoutError(f"another engine holds {beside}") from None
+                    time.sleep(0.02)
+                except OSError:  # file systems without locks
+                    break
+            yield
 
     def _refuse_foreign(self) -> None:
         """Raises `_ForeignError` if what stands at the path is not ours to overwrite."""

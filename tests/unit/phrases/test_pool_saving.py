@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import safetensors.numpy
@@ -19,6 +20,11 @@ from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.phrases.pool_file import SAVE_INTERVAL_S
 
 from ..helpers.pool_files import HASH, VOCAB, container, loaded, make, small_pool
+
+
+def beside(path: Path) -> list[Path]:
+    """What a file's folder holds, but for its lock."""
+    return [one for one in path.parent.iterdir() if one.suffix != ".lock"]
 
 
 def test_a_missing_directory_is_said_at_start(path, log) -> None:
@@ -73,7 +79,7 @@ def test_a_failed_write_is_a_warning_and_leaves_nothing(
     [warning] = log.warnings
     assert os.strerror(code) in warning
     assert str(path) in warning
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert beside(path) == [path]
     assert path.read_bytes() == old
     assert file.close(pool)
     assert loaded(path).lookup(7) == [(1, 2, 3)]
@@ -102,10 +108,10 @@ def test_a_crash_while_writing_leaves_the_old_file(path) -> None:
     child = subprocess.run(command, cwd=path.parent)
     assert child.returncode == 9
     assert path.read_bytes() == old
-    assert len(list(path.parent.iterdir())) == 2
+    assert len(beside(path)) == 2
     assert loaded(path).lookup(7) == [(1, 2, 3)]
     assert file.save(pool)
-    assert list(path.parent.iterdir()) == [path]
+    assert beside(path) == [path]
 
 
 def test_the_end_of_an_engine_does_not_wait_for_the_disk(path, monkeypatch) -> None:
@@ -124,7 +130,7 @@ def test_what_another_writer_is_at_is_not_swept(path) -> None:
         assert make(path).save(small_pool())
         assert busy.exists()
     assert make(path).save(small_pool())
-    assert set(path.parent.iterdir()) == {path, alike}
+    assert set(beside(path)) == {path, alike}
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -147,7 +153,7 @@ def test_a_foreign_file_that_came_meanwhile_is_kept(path, log, monkeypatch, late
     assert [file.save(pool), file.close(pool)] == [False, False]
     [warning] = log.warnings
     assert "another tokenizer hash ('other'" in warning
-    assert list(path.parent.iterdir()) == [path]
+    assert beside(path) == [path]
     assert path.read_bytes() == foreign
 
 
@@ -174,9 +180,78 @@ def test_two_engines_may_share_a_file(path, log) -> None:
     pools = small_pool([1]), small_pool([2])
     for turn in range(4):
         assert files[turn % 2].save(pools[turn % 2])
-        assert loaded(path).lookup(7) == pools[turn % 2].lookup(7)
+        both = set(loaded(path).lookup(7))
+        assert both == ({(1,), (2,)} if turn else {(1,)})
+    assert [files[1].take_in(pools[1]), files[1].take_in(pools[1])] == [1, 0]
+    assert pools[1].lookup(7) == [(1,), (2,)]
+    assert pools[0].lookup(7) == [(1,)], "what it has not taken in"
     assert log.warnings == []
-    assert list(path.parent.iterdir()) == [path]
+    assert beside(path) == [path]
+
+
+def test_what_others_save_is_taken_in_though_nothing_was_inserted(path) -> None:
+    mine, pool, other = make(path), small_pool([1]), make(path)
+    mine.save(pool)
+    assert not mine.save_in_background(pool)
+    many = PhrasePool(2**14, 3, 4)
+    for token in range(1, 6000):
+        many.insert(token % VOCAB, [token % VOCAB], PhraseSource.PROMPT)
+    other.save(many)
+    assert mine.save_in_background(pool)
+    mine._wait()
+    while mine.take_in(pool):
+        pass
+    assert pool.lookup(5) == many.lookup(5)
+
+
+def test_a_fresh_start_forgets_what_the_file_has(path) -> None:
+    mine, pool = make(path), small_pool([1])
+    mine.save(pool)
+    pool.clear()
+    pool.insert(7, [2], PhraseSource.PROMPT)
+    mine.start_over()
+    mine.save(pool)
+    assert loaded(path).lookup(7) == [(2,)]
+    pool.insert(7, [3], PhraseSource.PROMPT)
+    mine.save(pool)
+    assert loaded(path).lookup(7) == [(3,), (2,)]
+
+
+def test_a_save_does_not_wait_for_ever_for_another_one(path, log, monkeypatch) -> None:
+    monkeypatch.setattr(pool_file, "LOCK_TIMEOUT_S", 0.05)
+    file, pool = make(path), small_pool()
+    with (path.parent / f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not file.save(pool)
+    assert "another engine holds" in log.warnings[0]
+    assert file.close(pool), "nothing is lost"
+    assert loaded(path).lookup(7) == [(1, 2, 3)]
+
+
+WRITER = """
+import sys
+from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.pool_file import PoolFile
+path, first = sys.argv[1], int(sys.argv[2])
+file, pool = PoolFile(path, vocab_size=4096, tokenizer_hash="same"), PhrasePool(4096, 4, 4)
+file.load(pool)
+for turn in range(12):
+    for token in range(first + 100 * turn, first + 100 * turn + 100):
+        pool.insert(token, [token, 7], PhraseSource.PROMPT)
+    assert file.save(pool), turn
+"""
+
+
+def test_engines_that_write_at_once_lose_nothing_of_each_other(path) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(first)])
+        for first in (0, 1200, 2400)
+    ]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    rows = safetensors.numpy.load_file(path)
+    assert sorted(rows["keys"].tolist()) == [*range(3600)]
+    assert rows["tokens"][:, 0].tolist() == rows["keys"].tolist()
 
 
 def test_nothing_is_written_when_nothing_changed(path) -> None:

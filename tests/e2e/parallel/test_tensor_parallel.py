@@ -1,0 +1,110 @@
+"""Two tensor-parallel ranks: the text of two ranks without speculation, whoever drafts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from ..adapters import ENGINE as WITH_ADAPTERS
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+ONE = {name: WITH_ADAPTERS[name] for name in ("enable_lora", "max_loras", "max_lora_rank")}
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **ONE}
+ENGINES = {
+    "whole draft": ({"adaptive": False}, None),  # run by the first rank
+    "sharded draft": ({"adaptive": False, "num_suffixes": 0, "window_size": 0}, 2),  # chains
+    "head": ({"adaptive": False, "draft_model": "head"}, None),
+    "adaptive": ({"adaptive": True, "draft_model": None}, None),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cores():
+    """A core for each rank: vLLM binds ranks to NUMA nodes, of which there may be one."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send functions
+        yield
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def engine(request, ouroboros, pair, tools):
+    options, share = ENGINES[request.param]
+    if options.get("draft_model") == "head":
+        options = {**options, "draft_model": str(pair / "head")}
+    speculative = {"model": tools.PROPOSER, "num_speculative_tokens": 26}
+    if share is not None:
+        speculative["draft_tensor_parallel_size"] = share
+    return request.param, ouroboros(options=options, speculative_config=speculative, **TWO)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["batch 8", "batch 1"])
+def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools):
+    name, llm = engine
+    expected = tools.tokens_of(vanilla(prompts, GREEDY, **TWO))
+    with tools.Used(llm) as used:
+        outputs = tools.generate(llm, prompts, GREEDY, one_by_one)
+    assert tools.tokens_of(outputs) == expected
+    assert used["emitted_tokens"] >= sum(map(len, expected)), "of one rank, not of both"
+    if name != "adaptive":  # it may find that nothing pays here
+        assert used["accepted_tokens"] > used["emitted_tokens"] // 10
+        assert used["accepted_from_draft"] > 0
+
+
+def test_seeds_give_what_one_rank_gives(engine, prompts, vanilla, tools):
+    _, llm = engine
+    params = [SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=32) for i in range(12)]
+    expected = tools.tokens_of(vanilla(prompts[:12], params, **ONE))
+    assert tools.tokens_of(tools.generate(llm, prompts[:12], params)) == expected
+
+
+def seeds(worker) -> list[int]:
+    """Where the source of seeds for requests without one stands."""
+    return worker.model_runner.drafter.requests.seeds.get_state().tolist()
+
+
+def test_requests_without_a_seed_draw_alike(engine, prompts, tools):
+    """Ranks that drew other noise would accept other paths, and their KV would part for good."""
+    _, llm = engine
+    before = llm.collective_rpc(seeds)
+    params = SamplingParams(temperature=1.0, max_tokens=32, n=2)
+    assert len(tools.generate(llm, prompts[:8], params)) == 8
+    one, other = llm.collective_rpc(seeds)
+    assert one == other != before[0]
+
+
+def test_adapters_and_grammars(engine, adapters, prompts, vanilla, tools):
+    _, llm = engine
+    bound = StructuredOutputsParams(regex=r"(\n    [a-z]{1,8} = [0-9]{1,4}){2,4}")
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=32, structured_outputs=bound if i % 2 else None)
+        for i in range(8)
+    ]
+    names = [None, adapters["linear"], adapters["linear"], None] * 2
+    plain = vanilla.engines.get(**{**tools.BASE, **TWO})
+
+    def run(engine) -> list[list[int]]:
+        given = [{"prompt_token_ids": ids} for ids in prompts[:8]]
+        outputs = engine.generate(given, params, lora_request=names, use_tqdm=False)
+        return tools.tokens_of(outputs)
+
+    assert run(llm) == run(plain)
+
+
+def skew(worker) -> int:
+    """Let the clock of the second rank run seventeen times as fast, for whoever decides by it."""
+    runner = worker.model_runner
+    if runner.drafter.ranks.follows:
+        real, clock = time.perf_counter, runner.drafter.clock
+        clock.now = time.perf_counter = lambda: 17 * real()
+    return int(runner.drafter.ranks.follows)
+
+
+def test_the_clock_of_another_rank_changes_nothing(engine, prompts, vanilla, tools):
+    _, llm = engine
+    assert llm.collective_rpc(skew) == [0, 1]
+    expected = tools.tokens_of(vanilla(prompts, GREEDY, **TWO))[:16]
+    assert tools.tokens_of(tools.generate(llm, prompts[:16], GREEDY)) == expected
