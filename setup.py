@@ -72,6 +72,7 @@ setup(
             "import-linter~=2.16",
             "matplotlib",
             "mypy~=2.4.1",
+            "pyarrow",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

@@ -11,6 +11,7 @@ from vllm_ouroboros.cli.bench.command import bench
 from vllm_ouroboros.cli.demo.command import demo
 from vllm_ouroboros.cli.doctor.command import doctor
 from vllm_ouroboros.cli.fetch.command import fetch
+from vllm_ouroboros.cli.pool.command import app as pool
 
 app = typer.Typer(
     name="vllm-ouroboros",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (demo, bench, doctor, fetch):
     app.command()(command)
+app.add_typer(pool)
 
 
 def _show_version(wanted: bool) -> None:

@@ -10,18 +10,15 @@ Nothing here raises because of a file; what is wrong is logged, and decoding goe
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import hashlib
 import json
 import logging
 import os
 import stat
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +28,7 @@ import safetensors.numpy
 from vllm_ouroboros.phrases import file_rows
 from vllm_ouroboros.phrases.merging import union, unknown
 from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.phrases.shared_file import locked, replace
 
 FORMAT = "vllm-ouroboros phrase pool"
 FORMAT_VERSION = 5
@@ -39,7 +37,6 @@ LOCK_TIMEOUT_S = 2.0  # that a save waits for another engine's
 ROWS_AT_ONCE = 4096  # of others' phrases that a step takes in
 
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
-_TEMP_SUFFIX = ".ouroboros-tmp"
 _FIX = "move it away or set another pool_path"
 
 # vLLM configures the loggers below "vllm" alone: elsewhere its format is not used and info is lost.
@@ -80,6 +77,55 @@ class PoolFile:
         self._thread: threading.Thread | None = None
         self._merges = True
         self._news: dict[str, np.ndarray] | None = None  # phrases of others, not taken in yet
+
+    @classmethod
+    def at(cls, path: str | Path) -> PoolFile:
+        """The file at a path, for whatever tokenizer it is.
+
+        Raises:
+            ValueError: there is no pool's file, or it is of another version.
+        """
+        try:
+            with Path(path).open("rb") as opened:
+                size = min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER)
+                found = dict(json.loads(opened.read(size))["__metadata__"])
+            assert found["format"] == FORMAT
+            size, known = int(found["vocab_size"]), str(found["tokenizer_hash"])
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror or error}") from None
+        except Exception:
+            raise ValueError(f"{path}: is no phrase pool of vllm-ouroboros") from None
+        return cls(path, vocab_size=size, tokenizer_hash=known)
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """What the file holds, as `file_rows` describes it.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        try:
+            return self._read() or {}
+        except _ForeignError as error:
+            raise ValueError(f"{self.path} {error}") from None
+
+    def put(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Replace what the file holds.
+
+        Raises:
+            OSError: it cannot be written, or another process is at it.
+            ValueError: what stands there is none of ours.
+        """
+        try:
+            with locked(self.path, LOCK_TIMEOUT_S):
+                self._refuse_foreign()
+                self._put(dict(rows), flush=True)
+        except _ForeignError as error:
+            raise ValueError(str(error)) from None
+
+    def _put(self, rows: dict[str, np.ndarray], *, flush: bool) -> None:
+        data = safetensors.numpy.save(rows, self._metadata())
+        # checked at the end, too: a foreign file may have come meanwhile
+        self._ours = _mark(replace(self.path, data, self._refuse_foreign, flush=flush))
 
     def load(self, pool: PhrasePool) -> int:
         """Make the file's phrases the contents of ``pool``; returns how many it then holds.
@@ -242,7 +288,7 @@ class PoolFile:
             tensors = file_rows.rows_of(snapshot, self.vocab_size)
             if not tensors["keys"].size:
                 return False
-            with self._lock():
+            with locked(self.path, LOCK_TIMEOUT_S):
                 changed = self._changed()
                 theirs = self._read() if self._merges else None
                 if theirs is not None:
@@ -250,7 +296,7 @@ class PoolFile:
                         self._news = unknown(tensors, theirs)
                     tensors = union(tensors, theirs, *room, news=changed)
                 self._refuse_foreign()
-                self._replace(safetensors.numpy.save(tensors, self._metadata()), flush)
+                self._put(tensors, flush=flush)
         except _ForeignError as error:
             self._warn(f"{error}: phrases are not saved, and the file stays as it is", _FIX)
             return False
@@ -261,61 +307,11 @@ class PoolFile:
         self._saved, self._told, self._merges = insertions, "", True
         return True
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """A block in which no other engine writes the file.
-
-        Raises:
-            TimeoutError: another one is at it.
-        """
-        beside = self.path.with_name(f".{self.path.name}.lock")
-        with beside.open("a") as file:
-            until = time.monotonic() + LOCK_TIMEOUT_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise TimeoutError(f"another engine holds {beside}") from None
-                    time.sleep(0.02)
-                except OSError:  # file systems without locks
-                    break
-            yield
-
     def _refuse_foreign(self) -> None:
         """Raises `_ForeignError` if what stands at the path is not ours to overwrite."""
         with suppress(FileNotFoundError):
             if _mark(self.path.stat()) != self._ours:
                 self._read()
-
-    def _replace(self, data: bytes, flush: bool) -> None:
-        """Put a complete new file in the place of the old one.
-
-        A writer locks its temporary file, so one that can be locked was left by a crash.
-        """
-        folder, prefix = self.path.parent, f".{self.path.name}."
-        for left in folder.glob(glob.escape(prefix) + "*" + _TEMP_SUFFIX):
-            with suppress(OSError), left.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
-        with tempfile.NamedTemporaryFile(
-            dir=folder, prefix=prefix, suffix=_TEMP_SUFFIX, delete=False
-        ) as temp:
-            try:
-                with suppress(OSError):  # file systems without locks
-                    fcntl.flock(temp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with suppress(OSError):  # no file yet, or file systems without modes
-                    os.fchmod(temp.fileno(), stat.S_IMODE(self.path.stat().st_mode))
-                temp.write(data)
-                temp.flush()
-                if flush:
-                    os.fsync(temp.fileno())
-                self._refuse_foreign()  # again: it may have come meanwhile
-                Path(temp.name).replace(self.path)
-                self._ours = _mark(os.fstat(temp.fileno()))
-            finally:
-                Path(temp.name).unlink(missing_ok=True)
 
 
 def _insertions(pool: PhrasePool) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from vllm_ouroboros.phrases import pool_file
+from vllm_ouroboros.phrases import pool_file, shared_file
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.phrases.pool_file import SAVE_INTERVAL_S
@@ -121,8 +121,8 @@ def test_the_end_of_an_engine_does_not_wait_for_the_disk(path, monkeypatch) -> N
 
 
 def test_what_another_writer_is_at_is_not_swept(path) -> None:
-    busy = path.with_name(f".{path.name}.abc{pool_file._TEMP_SUFFIX}")
-    alike = path.with_name(f".{path.name}x.abc{pool_file._TEMP_SUFFIX}")  # of another pool
+    busy = path.with_name(f".{path.name}.abc{shared_file._TEMP_SUFFIX}")
+    alike = path.with_name(f".{path.name}x.abc{shared_file._TEMP_SUFFIX}")  # of another pool
     for other in (busy, alike):
         other.write_text("")
     with busy.open("rb") as lock:
@@ -223,7 +223,7 @@ def test_a_save_does_not_wait_for_ever_for_another_one(path, log, monkeypatch) -
     with (path.parent / f".{path.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert not file.save(pool)
-    assert "another engine holds" in log.warnings[0]
+    assert "another process holds" in log.warnings[0]
     assert file.close(pool), "nothing is lost"
     assert loaded(path).lookup(7) == [(1, 2, 3)]
 
