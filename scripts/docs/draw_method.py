@@ -59,7 +59,8 @@ class Request:
     def commit(self, words: list[str], source: PhraseSource) -> None:
         self.text = [*self.text, *words]
         self.token_ids[0, : len(self.text)] = ids(self.text)
-        self.drafting.commit(self.slot, self.token_ids[0], len(self.text), source)
+        slots, rows, _ = self.batch
+        self.drafting.commit(self.token_ids, slots, rows, rows + len(self.text), source)
 
     def chain(self) -> list[str]:
         state = self.drafting.state
@@ -94,7 +95,7 @@ class Request:
         accepted = walk(tree.tokens, tree.parents, len(tree.tokens), predicted, path)
         shown.path = [0, *(path[:accepted] + 1)]
         emitted = [*words[shown.path[1:]], shown.target[shown.path[-1]]]
-        drafting.learn(slot, ids(words[0]), tree, predicted)
+        drafting.learn([slot], [int(ids(words[:1])[0])], [tree], [predicted])
         drafting.settle(slot, ids(emitted).tolist())
         self.commit(emitted, PhraseSource.HISTORY)
         return shown

@@ -166,7 +166,8 @@ class OuroborosProposer:
     ) -> None:
         """Learn from the step that was just verified: phrases, counters, valid draft KV."""
         self.deferred.catch_up()  # of a step whose forward never came
-        counters, policy, later = self.counters, self.policy, self.deferred.call
+        counters, policy = self.counters, self.policy
+        slots, roots, found_trees, predicted = [], [], [], []
         for row, tokens in enumerate(emitted):
             if not tokens:
                 continue
@@ -178,13 +179,16 @@ class OuroborosProposer:
             found = verified.get(req_id)
             if found is not None:
                 root = int(token_ids[row, self.drafting.state.committed[request.slot] - 1])
-                later(self.drafting.learn, request.slot, root, found.tree, found.predicted)
+                slots.append(request.slot)
+                roots.append(root)
+                found_trees.append(found.tree)
+                predicted.append(found.predicted)
                 sources[: len(found.path)] = found.tree.sources[found.path].tolist()
                 counters.verified_nodes += len(found.tree.tokens)
                 counters.count_accepted(sources)
             if policy is not None and request.grown_tree is not None:
                 text, size = np.array(tokens, np.int32), len(found.tree.tokens) if found else 0
-                later(
+                self.deferred.call(
                     policy.learn, request.slot, request.grown_tree, size, request.phrase_tree,
                     text, policy.step_class(request.slot),
                 )  # fmt: skip
@@ -192,6 +196,7 @@ class OuroborosProposer:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
             request.tree = request.grown_tree = request.phrase_tree = None
+        self.drafting.learn(slots, roots, found_trees, predicted)
 
     def propose(
         self,
@@ -282,6 +287,8 @@ class OuroborosProposer:
         prompts: list[CatchUp] = []
         found: list[Request] = []
         rows: list[int] = []
+        new: list[tuple[int, int, int]] = []  # slot, row and tokens of prompts
+        texts: list[tuple[int, int, int]] = []
         sampled: dict[int, RequestSampling] = {}
         for row, emitted in enumerate(sampled_token_ids):
             req_id = batch.req_ids[row]
@@ -293,10 +300,10 @@ class OuroborosProposer:
                 if self.policy is not None:
                     self.policy.begin_step(slot, request.sampling.argmax_only)
                 continue
-            text, prompt = token_ids_cpu[row], int(batch.num_prompt_tokens[row])
+            prompt = int(batch.num_prompt_tokens[row])
             if self.drafting.state.in_pool[slot] == 0:
-                self.drafting.commit(slot, text, length - len(emitted), PhraseSource.PROMPT)
-            self._commit_later(slot, text, length)
+                new.append((slot, row, length - len(emitted)))
+            texts.append((slot, row, length))
             limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
             if request.speculates and limit > 0 and emitted[-1] not in request.sampling.stops:
                 capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
@@ -307,6 +314,10 @@ class OuroborosProposer:
                     self.policy.begin_step(slot, request.sampling.argmax_only)
                 if self.rounds is not None and not request.sampling.argmax_only:
                     sampled[slot] = request.sampling.with_noise_copy()
+        for some, source in ((new, PhraseSource.PROMPT), (texts, PhraseSource.HISTORY)):
+            if some:
+                slots, where, ends = np.array(some, np.int64).T
+                self.drafting.commit(token_ids_cpu, slots, where, ends, source)
         drafted = DraftBatch.of(found, rows, token_ids_cpu, len(sampled_token_ids))
         phrases, expected_accepted = None, np.zeros(len(rows))
         if self.policy is not None:
@@ -333,12 +344,6 @@ class OuroborosProposer:
                 request.tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts
-
-    def _commit_later(self, slot: int, text: np.ndarray, length: int) -> None:
-        """Feed the pool what a request has written, up to so many tokens of its text."""
-        first = self.drafting.first_needed(slot)
-        part = text[first:length].copy()  # by then the row may be another request's
-        self.deferred.call(self.drafting.commit, slot, part, length, PhraseSource.HISTORY, first)
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the draft model, which the first request would otherwise wait for."""

@@ -94,3 +94,17 @@ def insert_text(pool, scope, text, fed, end, source, owner, contexts=1):
                 key = key_of(text, i + 1, context)
                 times = np.int64(i + 1 >= fed)  # of one type wherever `insert` is called
                 insert(pool, scope, key, text, i + 1, length, source, times, owner)
+
+
+@njit(cache=True)
+def insert_texts(pool, scopes, owners, fed, slots, texts, rows, ends, source, contexts):
+    """`insert_text` for some requests: up to ``ends`` int64 [R] tokens of their rows of ``texts``.
+
+    ``scopes``, ``owners`` and ``fed`` are by slot; ``fed`` is written.
+    """
+    for r in range(slots.shape[0]):
+        slot = slots[r]
+        insert_text(
+            pool, scopes[slot], texts[rows[r]], fed[slot], ends[r], source, owners[slot], contexts
+        )
+        fed[slot] = ends[r]

@@ -6,17 +6,17 @@ trees of the chains (`lengthening`), and after verification learns from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
-from vllm_ouroboros.phrases.contexts import CONTEXTS
-from vllm_ouroboros.phrases.insertion import insert_text
+from vllm_ouroboros.phrases.insertion import insert_texts
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.best_first import Ranked, grow_best
 from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask, walk
-from vllm_ouroboros.trees.learning import learn
+from vllm_ouroboros.trees.learning import learn_all
 from vllm_ouroboros.trees.lengthening import build_trees
 from vllm_ouroboros.trees.node_kinds import NUM_KINDS
 from vllm_ouroboros.trees.request_state import BRANCHES, RequestState
@@ -59,7 +59,6 @@ class Drafting:
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
         self.pool, self.max_len, self.contexts = pool, max_len, contexts
-        self._commit_reach = beta + max(CONTEXTS)
         self.keeps_chain_kv = keeps_chain_kv
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
@@ -104,26 +103,20 @@ class Drafting:
         """Give a slot back."""
         self._free.append(slot)
 
-    def commit(self, slot: int, text, length: int, source: PhraseSource, first: int = 0) -> None:
-        """Feed the pool what was committed since the last call.
+    def commit(self, texts, slots, rows, lengths, source: PhraseSource) -> None:
+        """Feed the pool what requests have committed since the last call.
 
         Args:
-            slot: of the request.
-            text: int32, its tokens from ``first`` on.
-            length: tokens of it that are committed, those before ``first`` included.
+            texts: int32 [*, max_model_len].
+            slots: int64 [R].
+            rows: int64 [R], their rows in ``texts``.
+            lengths: int64 [R], committed tokens of each.
             source: of the phrases.
-            first: `first_needed` at most.
         """
-        fed = self.state.in_pool
-        insert_text(
-            self.pool.arrays, self.state.scope[slot], text, fed[slot] - first, length - first,
-            int(source), self.state.owner[slot], self.contexts,
+        insert_texts(
+            self.pool.arrays, self.state.scope, self.state.owner, self.state.in_pool, slots, texts,
+            rows, lengths, int(source), self.contexts,
         )  # fmt: skip
-        fed[slot] = length
-
-    def first_needed(self, slot: int) -> int:
-        """The first token of a request's text that the next `commit` reads."""
-        return max(0, int(self.state.in_pool[slot]) - self._commit_reach)
 
     def start(
         self, slot: int, committed: int, limit: int, kv_capacity: int, chain_only: bool = False
@@ -231,11 +224,25 @@ class Drafting:
         ]
         return trees, [p[:n] for p, n in zip(ranked.probabilities, sizes, strict=True)]
 
-    def learn(self, slot: int, root: int, tree: DraftTree, predicted) -> None:
-        """Turn a verified tree into phrases; ``predicted`` int32 [n + 1], the target per row."""
-        learn(
-            self.pool.arrays, self.state.scope[slot], self.state.owner[slot], root,
-            tree.tokens, tree.parents, tree.sources, len(tree.tokens), predicted,
+    def learn(self, slots, roots, trees: Sequence[DraftTree], predicted) -> None:
+        """Turn verified trees into phrases.
+
+        Args:
+            slots: list of R slots.
+            roots: list of R tokens, the last committed one of each before its tree.
+            trees: of R requests.
+            predicted: R arrays int [n + 1], the target's token after each row.
+        """
+        if not trees:
+            return
+        sizes = [len(tree.tokens) for tree in trees]
+        learn_all(
+            self.pool.arrays, self.state.scope, self.state.owner, np.array(slots, np.int64),
+            np.array(roots, np.int64), np.array(sizes, np.int64),
+            np.concatenate([tree.tokens for tree in trees]),
+            np.concatenate([tree.parents for tree in trees]),
+            np.concatenate([tree.sources for tree in trees]),
+            np.concatenate(predicted).astype(np.int64),
         )  # fmt: skip
 
     def settle(self, slot: int, emitted: list[int]) -> None:
@@ -278,7 +285,7 @@ def warm_up() -> None:
     text = np.ones((1, 16), np.int32)
     slots = np.zeros(1, np.int64)
     slot = drafting.add()
-    drafting.commit(slot, text[0], 4, PhraseSource.PROMPT)
+    drafting.commit(text, slots, slots, slots + 4, PhraseSource.PROMPT)
     drafting.start(slot, 4, 4, 64)
     out, total, _ = drafting.plan(slots, slots, text)
     step_mask(out.parents, out.query_start_loc)
@@ -291,4 +298,4 @@ def warm_up() -> None:
     size = len(tree.tokens)
     predicted = np.ones(size + 1, np.int64)
     walk(tree.tokens, tree.parents, size, predicted, np.empty(size, np.int32))
-    drafting.learn(slot, 1, tree, predicted)
+    drafting.learn([slot], [1], [tree], [predicted])

@@ -17,6 +17,33 @@ _VERIFICATION = int(PhraseSource.VERIFICATION)
 
 
 @njit(cache=True)
+def learn_all(pool, scopes, owners, slots, roots, sizes, tokens, parents, sources, predicted):
+    """`learn` for the trees of a batch, one behind the other.
+
+    Args:
+        pool: see `PoolArrays`.
+        scopes: int64 [slots], by slot; owners likewise.
+        owners: int32 [slots].
+        slots: int64 [R].
+        roots: int64 [R].
+        sizes: int64 [R], nodes of each tree.
+        tokens: int32 [sum of sizes]; parents and sources likewise.
+        parents: int32 [sum of sizes].
+        sources: int32 [sum of sizes].
+        predicted: int64 [sum of sizes + R].
+    """
+    first = 0
+    for r in range(slots.shape[0]):
+        end = first + sizes[r]
+        slot = slots[r]
+        learn(
+            pool, scopes[slot], owners[slot], roots[r], tokens[first:end], parents[first:end],
+            sources[first:end], sizes[r], predicted[first + r : end + r + 1],
+        )  # fmt: skip
+        first = end
+
+
+@njit(cache=True)
 def learn(pool, scope, owner, root, tokens, parents, sources, size, predicted):
     """Turn a verified tree into phrases.
 

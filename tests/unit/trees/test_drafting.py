@@ -49,9 +49,8 @@ def test_requests_from_prompt_to_end(shape) -> None:
         limits = {}
         for life in some:
             world.show(life)
-            drafting.commit(
-                life.slot, world.token_ids[life.row], len(life.text), PhraseSource.HISTORY
-            )
+            slot, row, length = (np.array([n]) for n in (life.slot, life.row, len(life.text)))
+            drafting.commit(world.token_ids, slot, row, length, PhraseSource.HISTORY)
             room = shape.max_len - len(life.text) - 1
             limits[life.slot] = limit = int(min(rng.integers(0, shape.budget + 3), room))
             # the engine has slots for all committed tokens but the last, at least
@@ -87,7 +86,7 @@ def test_requests_from_prompt_to_end(shape) -> None:
             while tuple(emitted) in paths:
                 emitted.append(target([*life.text, *emitted]))
             # what drafting leaves behind never depends on which KV the target has
-            drafting.learn(life.slot, life.text[-1], cut, predicted)
+            drafting.learn([life.slot], [life.text[-1]], [cut], [predicted])
             drafting.settle(life.slot, emitted)
             life.text += emitted[: shape.max_len - len(life.text)]
             assert life.chain == []

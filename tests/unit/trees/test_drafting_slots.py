@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.pool import PhrasePool
+from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.trees.drafting import Drafting
 
 from ..helpers.drafting_world import Life, Window, World, make
@@ -25,6 +26,12 @@ def small(**changes) -> Drafting:
     return make(SimpleNamespace(**{**shape, **changes}))
 
 
+def commit(drafting: Drafting, slot: int, text: np.ndarray, length: int) -> None:
+    """Feed one request's text."""
+    slots, lengths = np.array([slot]), np.array([length])
+    drafting.commit(text[None], slots, np.zeros(1, np.int64), lengths, PhraseSource.PROMPT)
+
+
 def test_slots_are_handed_out_once_and_come_back_clean() -> None:
     drafting = small()
     slots = [drafting.add() for _ in range(4)]
@@ -35,7 +42,7 @@ def test_slots_are_handed_out_once_and_come_back_clean() -> None:
     life.drafting, life.row, life.text, life.slot, life.kv = drafting, 0, [1, 2], slots[2], {}
     life.window = Window(2, 2)
     world.show(life)
-    drafting.commit(life.slot, world.token_ids[0], 2, PhraseSource.HISTORY)
+    commit(drafting, life.slot, world.token_ids[0], 2)
     drafting.start(life.slot, 2, 4, 20)
     world.draft([life])
     world.build([life])
@@ -59,7 +66,7 @@ def test_scopes_share_nothing() -> None:
     text = np.array([1, 2, 3, 4], np.int32)
     one, two, shared, friend = (drafting.add(scope) for scope in (5, 6, 0, 5))
     assert drafting.state.scope[[one, two, shared, friend]].tolist() == [5, 6, 0, 5]
-    drafting.commit(one, text, 4, PhraseSource.PROMPT)
+    commit(drafting, one, text, 4)
     assert [drafting.pool.lookup(1, scope) for scope in (5, 6, 0)] == [[(2, 3)], [], []]
     for slot in (two, shared, friend):
         drafting.start(slot, 1, 4, 0)
@@ -127,7 +134,7 @@ def test_commit_returns_for_what_was_cut_short() -> None:
     slot = drafting.add()
     text = np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int32)
     for length in (2, 3, 3, 6, 8):
-        drafting.commit(slot, text, length, PhraseSource.HISTORY)
+        commit(drafting, slot, text, length)
     assert [drafting.pool.lookup(t) for t in range(1, 9)] == [
         [(2, 3, 4)], [(3, 4, 5)], [(4, 5, 6)], [(5, 6, 7)], [(6, 7, 8)], [(7, 8)], [(8,)], [],
     ]  # fmt: skip
@@ -142,24 +149,35 @@ def test_no_requests_no_rows() -> None:
     drafting.absorb(none, out, np.empty(0, np.int64))
 
 
-@given(seed=st.integers(0, 2**32 - 1), beta=st.integers(1, 6), contexts=st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
-def test_the_end_of_a_text_is_all_that_commit_reads(seed, beta, contexts) -> None:
+@given(seed=st.integers(0, 2**32 - 1), requests=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_a_batch_is_fed_as_its_requests_are(seed, requests) -> None:
     rng = np.random.default_rng(seed)
-    text = rng.integers(2, 5, 120).astype(np.int32)
+    texts = rng.integers(2, 6, (6, 60)).astype(np.int32)
+    trees = [DraftTree.chain(rng.integers(2, 6, n).tolist()) for n in range(1, requests + 1)]
+    trees = [
+        tree._replace(sources=rng.integers(1, 3, len(tree.tokens)).astype(np.int32))
+        for tree in trees
+    ]
+    predicted = [rng.integers(2, 6, len(tree.tokens) + 1) for tree in trees]
     pools = []
-    for whole in (True, False):
-        pool = PhrasePool(1024, 4, beta)
+    for together in (True, False):
         drafting = Drafting(
-            pool, max_requests=1, budget=4, draft_tokens=2, num_suffixes=2, window_size=0,
-            max_len=200, contexts=contexts,
+            PhrasePool(1024, 4, 3), max_requests=4, budget=9, draft_tokens=2, num_suffixes=2,
+            window_size=0, max_len=60, contexts=3,
         )  # fmt: skip
-        slot, steps = drafting.add(), np.random.default_rng(seed)
-        length = 0
-        while length < len(text):
-            length = min(len(text), length + int(steps.integers(1, 20)))
-            first = 0 if whole else drafting.first_needed(slot)
-            drafting.commit(slot, text[first:length].copy(), length, PhraseSource.HISTORY, first)
-        pools.append(pool.arrays)
+        slots = np.array([drafting.add(scope) for scope in range(requests)])
+        rows = np.random.default_rng(seed).permutation(6)[:requests]
+        for length in (5, 6, 30):
+            lengths = length + np.arange(requests)
+            parts = [slice(None)] if together else [slice(r, r + 1) for r in range(requests)]
+            for part in parts:
+                given = slots[part], rows[part], lengths[part]
+                drafting.commit(texts, *given, PhraseSource.HISTORY)
+            for part in parts:
+                drafting.learn(
+                    slots[part].tolist(), [5] * len(trees[part]), trees[part], predicted[part]
+                )
+        pools.append(drafting.pool.arrays)
     for one, other in zip(*pools, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -52,7 +52,7 @@ def test_learn_puts_the_corrected_suffix_before_the_wrong_one() -> None:
         (10, 11, 20): 99, (10, 11, 20, 21): 50, (10, 11, 20, 21, 22): 60,
         (10, 11, 30): 31, (10, 11, 30, 31): 32,
     }  # fmt: skip
-    drafting.learn(slot, 1, tree, predictions(tree, target))
+    drafting.learn([slot], [1], [tree], [predictions(tree, target)])
     # the second one corrected at its start; the wrong ones stay behind until they are pushed out
     corrected = [(20, 99, 50), (20, 31, 32)]
     assert drafting.pool.lookup(11) == [*corrected, (20, 21, 22), (30, 31, 32)]
@@ -64,7 +64,7 @@ def test_learn_keeps_a_suffix_that_was_right_and_moves_it_to_the_front() -> None
         drafting.pool.insert(11, phrase, PhraseSource.HISTORY)
     tree = with_suffixes([11], [[20, 21]])
     target = {(): 11, (11,): 20, (11, 20): 21, (11, 20, 21): 22}
-    drafting.learn(slot, 1, tree, predictions(tree, target))
+    drafting.learn([slot], [1], [tree], [predictions(tree, target)])
     assert drafting.pool.lookup(11) == [(20, 21, 22), (77, 78)]  # with the target's own bonus
 
 
@@ -73,7 +73,7 @@ def test_learn_corrects_a_suffix_that_the_budget_cut() -> None:
     drafting, slot = learner()
     drafting.pool.insert(11, [20, 21, 22, 23], PhraseSource.HISTORY)
     tree = with_suffixes([11], [[20, 21]])
-    drafting.learn(slot, 1, tree, predictions(tree, {(): 11, (11,): 20, (11, 20): 99}))
+    drafting.learn([slot], [1], [tree], [predictions(tree, {(): 11, (11,): 20, (11, 20): 99})])
     assert drafting.pool.lookup(11) == [(20, 99), (20, 21, 22, 23)]
 
 
@@ -81,7 +81,7 @@ def test_learn_takes_up_agreement_after_a_rejection() -> None:
     drafting, slot = learner()
     tree = DraftTree.chain([1, 2, 3, 4])
     predicted = np.array([1, 9, 3, 4, 5], np.int64)  # 2 is rejected; 3 and 4 follow all the same
-    drafting.learn(slot, 0, tree, predicted)
+    drafting.learn([slot], [0], [tree], [predicted])
     assert drafting.pool.lookup(2) == [(3, 4, 5)]
     assert drafting.pool.lookup(3) == [(4, 5)]
     assert drafting.pool.lookup(1) == []
@@ -97,7 +97,7 @@ def test_learn_corrects_the_phrases_of_a_draft_from_the_pool_alone() -> None:
     tree = drafting.tree(slot)
     assert tree.tokens.tolist()[:6] == [1, 2, 3, 4, 5, 6]
     predicted = predictions(tree, {(): 1, (1,): 9, (1, 2): 8, (1, 2, 3): 4})
-    drafting.learn(slot, 7, tree, predicted)
+    drafting.learn([slot], [7], [tree], [predicted])
     assert drafting.pool.lookup(7)[:2] == [(1, 9, 8), (1, 2, 3)]
 
 
@@ -114,7 +114,7 @@ def test_what_is_learned_was_predicted(seed, beta) -> None:
     tree = with_suffixes(chain, phrases)
     tree = tree.prefix(int(rng.integers(0, len(tree.tokens) + 1)))
     predicted = rng.integers(0, 5, len(tree.tokens) + 1)
-    drafting.learn(slot, 4, tree, predicted)
+    drafting.learn([slot], [4], [tree], [predicted])
     tokens = [4, *tree.tokens.tolist()]
     parents = [-1, *(tree.parents + 1).tolist()]
     for key in range(5):

@@ -1,0 +1,62 @@
+"""Two replicas behind one address: a pool each, and one file that both write."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from vllm import SamplingParams
+
+from vllm_ouroboros.phrases.pool_file import PoolFile
+
+from ..servers import serving
+
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cores():
+    """A core for each replica: vLLM binds them to NUMA nodes, of which there may be one."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        yield
+
+
+def test_replicas_answer_as_vanilla_and_share_what_they_learned(
+    pair, texts, tokenizer, vanilla, tmp_path
+) -> None:
+    some = texts[:16]
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+    ids = [tokenizer.encode(text) for text in some]
+    expected = [output.outputs[0].text for output in vanilla(ids, params)]
+    vanilla.engines.close()  # both cores are the replicas'
+    path = tmp_path / "pool.safetensors"
+    replicas = "--data-parallel-size", "2"
+    with serving(pair, tmp_path, *replicas, pool_path=str(path), adaptive=False) as address:
+
+        def ask(text: str) -> str:
+            body = {"model": "tiny", "prompt": text, "temperature": 0, "max_tokens": NEW_TOKENS}
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120)
+            assert answer.status_code == 200
+            return answer.json()["choices"][0]["text"]
+
+        with ThreadPoolExecutor(8) as threads:
+            assert [*threads.map(ask, some)] == expected
+        metrics = httpx.get(f"{address}/metrics", timeout=30).text
+    served = re.findall(
+        r'vllm:request_success_total{engine="(\d)",finished_reason="length".*} (.*)', metrics
+    )
+    assert {engine for engine, count in served if float(count) > 0} == {"0", "1"}
+    accepted = re.findall(
+        r'vllm:spec_decode_num_accepted_tokens_total{engine="(\d)".*} (.*)', metrics
+    )
+    assert all(float(count) > 0 for _, count in accepted)
+    rows = PoolFile.at(path).rows()
+    held = {
+        tuple(row[:size].tolist())
+        for row, size in zip(rows["tokens"], rows["lengths"], strict=True)
+    }
+    for prompt in ids:  # whichever replica had it
+        assert any(tuple(prompt[i : i + 6]) in held for i in range(1, len(prompt) - 6))
