@@ -46,7 +46,7 @@ CASES = (
             "adaptive": False,
         },
         1,
-        10,  # drafts take long in the interpreter
+        7,  # drafts take long in the interpreter
         {"tree", "graphs", "padded", "replays", "walks"},
     ),
     Case(
@@ -63,7 +63,7 @@ CASES = (
         4,
         {"draft_model": str(PAIR / "head"), "draft_tokens": 3, "adaptive": False},
         2,
-        10,
+        7,
         {"tree", "replays", "walks"},
     ),
     Case(

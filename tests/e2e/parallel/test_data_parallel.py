@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -45,18 +47,30 @@ def test_replicas_answer_as_vanilla_and_share_what_they_learned(
         with ThreadPoolExecutor(8) as threads:
             assert [*threads.map(ask, some)] == expected
         metrics = httpx.get(f"{address}/metrics", timeout=30).text
+        until = time.monotonic() + 30
+        while not all_in(path, ids):  # a replica saves when it has been idle for a second
+            assert time.monotonic() < until, "a replica's phrases are not in the file"
+            time.sleep(0.5)
     served = re.findall(
-        r'vllm:request_success_total{engine="(\d)",finished_reason="length".*} (.*)', metrics
+        r'vllm:request_success_total\{engine="(\d)",finished_reason="length".*\} (.*)', metrics
     )
     assert {engine for engine, count in served if float(count) > 0} == {"0", "1"}
     accepted = re.findall(
-        r'vllm:spec_decode_num_accepted_tokens_total{engine="(\d)".*} (.*)', metrics
+        r'vllm:spec_decode_num_accepted_tokens_total\{engine="(\d)".*\} (.*)', metrics
     )
+    assert len(accepted) == 2
     assert all(float(count) > 0 for _, count in accepted)
+
+
+def all_in(path: Path, prompts: list[list[int]]) -> bool:
+    """Whether a pool's file has phrases of each prompt."""
+    if not path.exists():
+        return False
     rows = PoolFile.at(path).rows()
     held = {
         tuple(row[:size].tolist())
         for row, size in zip(rows["tokens"], rows["lengths"], strict=True)
     }
-    for prompt in ids:  # whichever replica had it
-        assert any(tuple(prompt[i : i + 6]) in held for i in range(1, len(prompt) - 6))
+    return all(
+        any(tuple(ids[i : i + 6]) in held for i in range(1, len(ids) - 6)) for ids in prompts
+    )

@@ -1,7 +1,11 @@
-"""Two tensor-parallel ranks: the text of two ranks without speculation, whoever drafts."""
+"""Two tensor-parallel ranks: the text of two ranks without speculation, whoever drafts.
+
+An engine of two ranks takes long to start: `ALL_ENGINES=1` in the environment tries them all.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -30,7 +34,10 @@ def _cores():
         yield
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+TRIED = list(ENGINES) if "ALL_ENGINES" in os.environ else ["whole draft", "head"]
+
+
+@pytest.fixture(scope="module", params=TRIED)
 def engine(request, ouroboros, pair, tools):
     options, share = ENGINES[request.param]
     if options.get("draft_model") == "head":
