@@ -17,6 +17,7 @@ from vllm_ouroboros.draft.rounds import DraftRounds
 from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.deferred import Deferred
 from vllm_ouroboros.integration.live_requests import LiveRequests, Request
+from vllm_ouroboros.integration.observation import Observation, keep_features
 from vllm_ouroboros.integration.persistence import Persistence
 from vllm_ouroboros.integration.stats import flat_stats
 from vllm_ouroboros.integration.step_trees import DraftBatch
@@ -31,7 +32,6 @@ from vllm_ouroboros.policy.throughput import Step
 from vllm_ouroboros.trees import drafting
 from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.trees.packing import pack_trees, unpack_trees
-from vllm_ouroboros.verify.acceptance import Verified
 from vllm_ouroboros.verify.token_sampler import (
     RequestSampling,
     TokenSampler,
@@ -100,6 +100,7 @@ class OuroborosProposer:
         self._on_release = [head.features.forget] if head is not None else []
         self.requests.on_release = self._release
         self.counters = Counters()
+        self.observation = Observation(self.drafting, self.requests, self.counters, self.deferred)
         self.clock = clock or StepClock()
         self.rounds = None
         if self.draft is not None:
@@ -161,43 +162,6 @@ class OuroborosProposer:
             self.persistence = Persistence(self.drafting.pool, self.config.pool_path, model)
             self.requests.idle_save = self.persistence.idle_save
 
-    def _observe(
-        self, verified: dict[str, Verified], emitted: list[list[int]], token_ids: np.ndarray
-    ) -> None:
-        """Learn from the step that was just verified: phrases, counters, valid draft KV."""
-        self.deferred.catch_up()  # of a step whose forward never came
-        counters, policy = self.counters, self.policy
-        slots, roots, found_trees, predicted = [], [], [], []
-        for row, tokens in enumerate(emitted):
-            if not tokens:
-                continue
-            req_id = self.runner.input_batch.req_ids[row]
-            request = self.requests[req_id]
-            counters.steps += 1
-            counters.emitted_tokens += len(tokens)
-            sources = [0] * len(tokens)
-            found = verified.get(req_id)
-            if found is not None:
-                root = int(token_ids[row, self.drafting.state.committed[request.slot] - 1])
-                slots.append(request.slot)
-                roots.append(root)
-                found_trees.append(found.tree)
-                predicted.append(found.predicted)
-                sources[: len(found.path)] = found.tree.sources[found.path].tolist()
-                counters.verified_nodes += len(found.tree.tokens)
-                counters.count_accepted(sources)
-            if policy is not None and request.grown_tree is not None:
-                text, size = np.array(tokens, np.int32), len(found.tree.tokens) if found else 0
-                self.deferred.call(
-                    policy.learn, request.slot, request.grown_tree, size, request.phrase_tree,
-                    text, policy.step_class(request.slot),
-                )  # fmt: skip
-            if self.requests.tracing:
-                request.origins.extend(sources)
-            self.drafting.settle(request.slot, tokens)
-            request.tree = request.grown_tree = request.phrase_tree = None
-        self.drafting.learn(slots, roots, found_trees, predicted)
-
     def propose(
         self,
         sampled_token_ids: list[list[int]],
@@ -220,17 +184,18 @@ class OuroborosProposer:
         del slot_mappings
         if self.ranks.follows:
             return self._follow()
+        runner = self.runner
         with self.ranks.deciding(), self.clock.phase("propose"):
             with self.clock.phase("learn"):
-                self._observe(self.runner.verified, sampled_token_ids, token_ids_cpu)
+                self.observation.learn(runner, sampled_token_ids, token_ids_cpu, self.policy)
                 if self.head is not None:
-                    self._keep_features(self.head)
+                    keep_features(self.head, self.requests, runner)
             drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._end_step(sampled_token_ids)
             if self.persistence is not None:
                 self.deferred.call(self.persistence.save_if_due)
             if self.ranks.leads:
-                batch = self.runner.input_batch.req_ids
+                batch = runner.input_batch.req_ids
                 self.ranks.end(*pack_trees([self.requests[req_id].tree for req_id in batch]))
         self.clock.end_step(len(drafts))
         return drafts
@@ -242,22 +207,6 @@ class OuroborosProposer:
         for req_id, tree in zip(self.runner.input_batch.req_ids, trees, strict=True):
             self.requests[req_id].tree = tree
         return [tree.tokens.tolist() if tree is not None else [] for tree in trees]
-
-    def _keep_features(self, head: DraftHead) -> None:
-        """Hand the features of this step's text to the draft head: prompts and accepted rows."""
-        runner, batch = self.runner, self.runner.input_batch
-        rows: list[np.ndarray] = []
-        first = 0
-        for req_id in batch.req_ids:
-            scheduled = runner.scheduled_tokens[req_id]
-            text = first + np.arange(scheduled - runner.drafted_tokens.get(req_id, 0))
-            found = runner.verified.get(req_id)
-            rows.append(text if found is None else np.append(text, text[-1] + 1 + found.path))
-            first += scheduled
-        slots = np.array([self.requests[req_id].slot for req_id in batch.req_ids])
-        firsts = batch.num_computed_tokens_cpu[: len(slots)].astype(np.int64)
-        counts = np.array([len(some) for some in rows])
-        head.keep_text(slots, firsts, counts, runner.hidden_states, np.concatenate(rows))
 
     def set_policy(self, policy: Policy) -> None:
         """Let a policy decide from now on."""
