@@ -6,8 +6,10 @@ An engine of two ranks takes long to start: `ALL_ENGINES=1` in the environment t
 from __future__ import annotations
 
 import os
+import sys
 import time
 
+import cloudpickle
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -30,7 +32,8 @@ def _cores():
     """A core for each rank: vLLM binds ranks to NUMA nodes, of which there may be one."""
     with pytest.MonkeyPatch.context() as context:
         context.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send functions
+        context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send functions, by value:
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # engines cannot import this
         yield
 
 
