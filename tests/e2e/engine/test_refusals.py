@@ -159,7 +159,6 @@ def test_engine_arguments(configure, arguments, words):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("draft_tensor_parallel_size", 2),
         ("max_model_len", 128),
         ("kv_cache_dtype", "bfloat16"),
         ("rejection_sample_method", "block"),
@@ -172,6 +171,12 @@ def test_options_of_vllms_own_speculation(configure, tools, field, value):
     speculative = {"model": tools.PROPOSER, "num_speculative_tokens": 26, field: value}
     line = refusal(configure, speculative_config=speculative)
     assert f"speculative_config.{field} = {value!r} has no effect" in line
+
+
+def test_a_draft_model_shared_by_other_ranks(configure, tools):
+    speculative = {"model": tools.PROPOSER, "num_speculative_tokens": 26}
+    line = refusal(configure, speculative_config={**speculative, "draft_tensor_parallel_size": 2})
+    assert "draft_tensor_parallel_size = 2 cannot be had: use 1" in line
 
 
 def test_numbers_by_batch_size_are_not_passed_over(configure, tools, caplog):

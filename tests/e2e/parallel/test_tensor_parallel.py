@@ -37,7 +37,7 @@ def _cores():
         yield
 
 
-TRIED = list(ENGINES) if "ALL_ENGINES" in os.environ else ["whole draft", "head"]
+TRIED = list(ENGINES) if "ALL_ENGINES" in os.environ else ["whole draft"]
 
 
 @pytest.fixture(scope="module", params=TRIED)
