@@ -95,7 +95,7 @@ class Request:
         accepted = walk(tree.tokens, tree.parents, len(tree.tokens), predicted, path)
         shown.path = [0, *(path[:accepted] + 1)]
         emitted = [*words[shown.path[1:]], shown.target[shown.path[-1]]]
-        drafting.learn([slot], [int(ids(words[:1])[0])], [tree], [predicted])
+        drafting.learn([slot], [ids(words[0])], [tree], [predicted])
         drafting.settle(slot, ids(emitted).tolist())
         self.commit(emitted, PhraseSource.HISTORY)
         return shown

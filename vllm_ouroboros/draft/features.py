@@ -50,7 +50,6 @@ class HeadFeatures:
         self._kept = torch.zeros(self.nowhere + 1, hidden, dtype=dtype, device=device)
         self._first, self._end = np.zeros((2, requests), np.int64)  # places that have features
         self._step = self._kept[:0]  # of the last step, if a chunk was longer than ``most``
-        self._has_step = False
         self._step_offset = np.zeros(requests, np.int64)  # row of a slot's place 0 in these
 
     # -- rows of the buffer ------------------------------------------------------------------------
@@ -83,7 +82,7 @@ class HeadFeatures:
         """For `before`: which of the rows int64 [T] the last step alone has, and where."""
         wanted = places - 1
         early = (self._first[slots] <= wanted) & (wanted < self._end[slots] - self.most)
-        at = np.flatnonzero(early & self._has_step)
+        at = np.flatnonzero(early & (len(self._step) > 0))
         return at, (self._step_offset[slots] + wanted)[at]
 
     def read_text(
@@ -128,8 +127,7 @@ class HeadFeatures:
         places = np.arange(len(rows)) + np.repeat(firsts - starts, counts)
         kept = np.flatnonzero(places >= np.repeat(ends, counts) - self.most)
         where = (np.repeat(slots, counts) * self.most + places % self.most)[kept]
-        self._has_step = len(kept) < len(rows)
-        return rows[kept], where, rows if self._has_step else None
+        return rows[kept], where, rows if len(kept) < len(rows) else None
 
     def store(
         self, hidden: torch.Tensor, source: np.ndarray, target: np.ndarray, step: np.ndarray | None

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.causal import causal_metadata
 from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows, slot_mapping
-from vllm_ouroboros.draft.ranks import Ranks, one_rank
+from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.verify.host_arrays import to_device
 from vllm_ouroboros.verify.tree_step import TreeOnly, TreeStep
@@ -71,12 +71,7 @@ class DraftModel:
         self.graphs: DraftGraphs | None = None  # on CUDA devices, unless eager
         self.short_ids: np.ndarray | None = None  # int64, all that it may draft, if few
         self.ranks = Ranks()  # those that have a part of it
-        self.sharding: Callable[[], AbstractContextManager[None]] = nullcontext
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
-            if self.is_whole(vllm_config):
-                self.sharding = one_rank
-            else:
-                self.ranks = Ranks.of_engine()
+        self.sharding: Callable[[], AbstractContextManager[None]] = nullcontext  # to run it in
 
     @classmethod
     def is_whole(cls, vllm_config: VllmConfig) -> bool:

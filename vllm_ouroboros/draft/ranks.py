@@ -7,7 +7,6 @@ every rank has whole, and the batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -83,25 +82,3 @@ class Ranks:
             if order == _FAILED:
                 raise RuntimeError(f"tensor-parallel rank 0 failed while it drafted: {what[0]}")
             orders[order](*what)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """A block in which layers of vLLM see a tensor-parallel group of this rank alone.
-
-    They ask for the group when they are made and when they run, and take no other one.
-
-    why: a small draft model that runs on the first rank needs no messages between ranks.
-    upstream: `vllm.distributed.parallel_state._TP` in vLLM 0.32 and 0.33.
-    remove-when: a model can be given its group.
-    """
-    from vllm.distributed import parallel_state
-
-    group = parallel_state.get_tp_group()
-    alone = copy.copy(group)
-    alone.world_size, alone.rank_in_group, alone.ranks = 1, 0, [group.rank]
-    parallel_state._TP = alone
-    try:
-        yield
-    finally:
-        parallel_state._TP = group

@@ -1,4 +1,5 @@
-"""Every vLLM symbol that the plugin replaces: all of them pass through unless we are selected.
+"""Every vLLM symbol that the plugin replaces: all of them pass through unless we are selected, but
+for `one_rank`, which replaces one for the time of a block.
 
 The rest of the integration goes by vLLM's own extension points: ``worker_cls``, ``scheduler_cls``,
 the attention backend registry and the custom proposer.
@@ -6,9 +7,11 @@ the attention backend registry and the custom proposer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,3 +194,25 @@ def apply_all() -> None:
     for patch in PATCHES:
         patch.apply()
     _applied = True
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A block in which layers of vLLM see a tensor-parallel group of this rank alone.
+
+    They ask for the group when they are made and when they run, and take no other one.
+
+    why: a small draft model that runs on the first rank needs no messages between ranks.
+    upstream: `vllm.distributed.parallel_state._TP` in vLLM 0.32 and 0.33.
+    remove-when: a model can be given its group.
+    """
+    from vllm.distributed import parallel_state
+
+    group = parallel_state.get_tp_group()
+    alone = copy.copy(group)
+    alone.world_size, alone.rank_in_group, alone.ranks = 1, 0, [group.rank]
+    parallel_state._TP = alone
+    try:
+        yield
+    finally:
+        parallel_state._TP = group

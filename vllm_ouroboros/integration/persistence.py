@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
 
 
+def file_of(path: str | Path, model: ModelConfig) -> PoolFile:
+    """The file of a model's phrases."""
+    vocab = {model.model: 0}  # without a tokenizer the model's name stands for it
+    if not model.skip_tokenizer_init:
+        vocab = cached_tokenizer_from_config(model).get_vocab()
+    return PoolFile(path, vocab_size=model.get_vocab_size(), tokenizer_hash=tokenizer_hash(vocab))
+
+
 class Persistence:
     """A pool in its file, and the costs beside it.
 
@@ -29,14 +38,8 @@ class Persistence:
     """
 
     def __init__(self, pool: PhrasePool, path: str, model: ModelConfig) -> None:
-        # without a tokenizer the model's name stands for it
-        vocab = {model.model: 0}
-        if not model.skip_tokenizer_init:
-            vocab = cached_tokenizer_from_config(model).get_vocab()
         self.pool, self.path = pool, path
-        self.file = PoolFile(
-            path, vocab_size=model.get_vocab_size(), tokenizer_hash=tokenizer_hash(vocab)
-        )
+        self.file = file_of(path, model)
         self.file.load(pool)
         self.costs: Costs | None = None
         self.idle_save = IdleSave(self._save)

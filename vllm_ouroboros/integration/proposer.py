@@ -18,6 +18,7 @@ from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.deferred import Deferred
 from vllm_ouroboros.integration.live_requests import LiveRequests, Request
 from vllm_ouroboros.integration.observation import Observation, keep_features
+from vllm_ouroboros.integration.patches import one_rank
 from vllm_ouroboros.integration.persistence import Persistence
 from vllm_ouroboros.integration.stats import flat_stats
 from vllm_ouroboros.integration.step_trees import DraftBatch
@@ -73,9 +74,7 @@ class OuroborosProposer:
         parallel = vllm_config.parallel_config
         self.ranks = Ranks.of_engine() if parallel.tensor_parallel_size > 1 else Ranks()
         if config.draft_model is not None and draft is None:
-            kind = DraftHead if is_head(config.draft_model) else DraftModel
-            if not (self.ranks.follows and kind.is_whole(vllm_config)):
-                self.draft = kind(config.draft_model, vllm_config)
+            self._make_draft(config.draft_model, vllm_config)
         head = self.draft if isinstance(self.draft, DraftHead) else None
         self.eos = eos_token_ids(vllm_config)
         self.drafting = Drafting(
@@ -112,6 +111,19 @@ class OuroborosProposer:
         self.policy: Policy | None = None  # with `adaptive`, once costs are measured
         self.forward_seconds = 0.0  # of the target's last forward
         self._runner: GPUModelRunner | None = None
+
+    def _make_draft(self, path: str, vllm_config: VllmConfig) -> None:
+        """The draft model or this rank's part of it, if it has one."""
+        kind = DraftHead if is_head(path) else DraftModel
+        several = self.ranks.leads or self.ranks.follows
+        whole = several and kind.is_whole(vllm_config)
+        if whole and self.ranks.follows:
+            return
+        self.draft = kind(path, vllm_config)
+        if whole:
+            self.draft.sharding = one_rank
+        elif several:
+            self.draft.ranks = self.ranks
 
     def bind(self, runner: GPUModelRunner, sampler: TokenSampler) -> None:
         """Tell the proposer which runner it drafts for, and how that runner samples."""

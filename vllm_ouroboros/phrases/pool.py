@@ -64,10 +64,10 @@ class PhrasePool:
         times = int(source != PhraseSource.WINDOW)
         insert(self.arrays, scope, token, tokens, 0, len(tokens), int(source), times, np.int32(0))
 
-    def insert_text(self, text, source: PhraseSource, scope: int = 0) -> None:
-        """Feed a text: every token becomes the key of what follows it."""
+    def insert_text(self, text, source: PhraseSource, scope: int = 0, contexts: int = 1) -> None:
+        """Feed a text; see the function `insert_text`."""
         tokens = np.asarray(text, np.int32)
-        insert_text(self.arrays, scope, tokens, 0, len(tokens), int(source), np.int32(0))
+        insert_text(self.arrays, scope, tokens, 0, len(tokens), int(source), np.int32(0), contexts)
 
     def lookup(self, token: int, scope: int = 0) -> list[tuple[int, ...]]:
         """The phrases of ``token``, the most useful first."""

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.numpy
@@ -83,19 +84,19 @@ class PoolFile:
         """The file at a path, for whatever tokenizer it is.
 
         Raises:
-            ValueError: there is no pool's file, or it is of another version.
+            ValueError: there is no pool's file.
         """
         try:
             with Path(path).open("rb") as opened:
-                size = min(int.from_bytes(opened.read(8), "little"), _MAX_HEADER)
-                found = dict(json.loads(opened.read(size))["__metadata__"])
-            assert found["format"] == FORMAT
-            size, known = int(found["vocab_size"]), str(found["tokenizer_hash"])
+                found = _metadata_of(_header(opened))
+            if found.get("format") == FORMAT:
+                size, known = int(found["vocab_size"]), str(found["tokenizer_hash"])
+                return cls(path, vocab_size=size, tokenizer_hash=known)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
-        except Exception:
-            raise ValueError(f"{path}: is no phrase pool of vllm-ouroboros") from None
-        return cls(path, vocab_size=size, tokenizer_hash=known)
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise ValueError(f"{path}: is no phrase pool of vllm-ouroboros")
 
     def rows(self) -> dict[str, np.ndarray]:
         """What the file holds, as `file_rows` describes it.
@@ -187,8 +188,8 @@ class PoolFile:
         if news is None:
             return 0
         left = len(news["keys"])
-        file_rows.fill(pool, {name: rows[-ROWS_AT_ONCE:] for name, rows in news.items()})
-        rest = {name: rows[:-ROWS_AT_ONCE] for name, rows in news.items()}
+        file_rows.fill(pool, {name: rows[:ROWS_AT_ONCE] for name, rows in news.items()})
+        rest = {name: rows[ROWS_AT_ONCE:] for name, rows in news.items()}
         self._news = rest if left > ROWS_AT_ONCE else None
         return left
 
@@ -238,10 +239,9 @@ class PoolFile:
             # not mapped: a mapped file that someone shortens meanwhile ends the process
             with self.path.open("rb") as file:
                 mark = _mark(os.fstat(file.fileno()))
-                size = file.read(8)
-                header = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
-                self._check_header(header)
-                tensors = safetensors.numpy.load(size + header + file.read())
+                header = _header(file)
+                self._check_metadata(_metadata_of(header))
+                tensors = safetensors.numpy.load(header + file.read())
             file_rows.check(tensors, self.vocab_size)
         except FileNotFoundError:
             return None
@@ -264,11 +264,9 @@ class PoolFile:
             "tokenizer_hash": self.tokenizer_hash,
         }
 
-    def _check_header(self, header: bytes) -> None:
-        """Raises `_ForeignError` unless a safetensors header is that of a file for us."""
-        found, wanted = {}, self._metadata()
-        with suppress(Exception):
-            found = dict(json.loads(header)["__metadata__"])
+    def _check_metadata(self, found: dict[str, str]) -> None:
+        """Raises `_ForeignError` unless these are the metadata of a file for us."""
+        wanted = self._metadata()
         if found.get("format") != FORMAT:
             raise _ForeignError("is truncated or not a phrase pool of vllm-ouroboros")
         for key in ("format_version", "vocab_size", "tokenizer_hash"):
@@ -312,6 +310,19 @@ class PoolFile:
         with suppress(FileNotFoundError):
             if _mark(self.path.stat()) != self._ours:
                 self._read()
+
+
+def _header(file: BinaryIO) -> bytes:
+    """The start of a safetensors file, up to the tensors."""
+    size = file.read(8)
+    return size + file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+
+
+def _metadata_of(header: bytes) -> dict[str, str]:
+    """What a safetensors header says beside the tensors; nothing if it is none."""
+    with suppress(Exception):
+        return dict(json.loads(header[8:])["__metadata__"])
+    return {}
 
 
 def _insertions(pool: PhrasePool) -> int:

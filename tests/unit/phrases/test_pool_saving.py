@@ -189,7 +189,8 @@ def test_two_engines_may_share_a_file(path, log) -> None:
     assert beside(path) == [path]
 
 
-def test_what_others_save_is_taken_in_though_nothing_was_inserted(path) -> None:
+def test_what_others_save_is_taken_in_though_nothing_was_inserted(path, monkeypatch) -> None:
+    monkeypatch.setattr(pool_file, "ROWS_AT_ONCE", 8)
     mine, pool, other = make(path), small_pool([1]), make(path)
     mine.save(pool)
     assert not mine.save_in_background(pool)
@@ -201,6 +202,11 @@ def test_what_others_save_is_taken_in_though_nothing_was_inserted(path) -> None:
     mine._wait()
     while mine.take_in(pool):
         pass
+    stamps, newest = (
+        pool.arrays.stamps,
+        pool.arrays.keys == many.arrays.keys[many.arrays.stamps.argmax()],
+    )
+    assert stamps[newest].tolist() == [stamps.max()], "what came last there came last here"
     assert pool.lookup(5) == many.lookup(5)
 
 

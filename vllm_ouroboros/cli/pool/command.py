@@ -60,11 +60,9 @@ def build(
             def read() -> Iterator[str]:
                 for path in corpus:
                     task = progress.add_task(path.name, total=path.stat().st_size)
-                    done = 0
-                    for text, where in texts.texts_of(path, field):
+                    for text, size in texts.texts_of(path, field):
                         yield text
-                        done = where if path.suffix not in (".txt", ".md") else done + where
-                        progress.update(task, completed=done)
+                        progress.advance(task, size)
 
             total = insert_texts(pool, read(), encode)
         rows = rows_of(pool, file.vocab_size)

@@ -35,7 +35,7 @@ def check(files: list[Path]) -> None:
 
 
 def texts_of(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
-    """Texts of a file, each with how many bytes of it were read so far.
+    """Texts of a file, each with how many bytes of it were read for it, about.
 
     Args:
         file: one that `check` takes.
@@ -68,6 +68,7 @@ def _of_lines(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
                 raise InputError(f"corpus {file}, line {number}: is no JSON ({error})") from None
             for text in _of_row(row, field, f"corpus {file}, line {number}"):
                 yield text, read
+                read = 0
 
 
 def _of_parquet(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
@@ -79,12 +80,13 @@ def _of_parquet(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
         wanted = [name for name in ((field,) if field else FIELDS) if name in names]
         if not wanted:
             raise InputError(f"corpus {file}: has no column {field or ' or '.join(FIELDS)}")
-        done = 0
+        done = told = 0
         for batch in table.iter_batches(BATCH, columns=wanted):
             for row in batch.to_pylist():
                 done += 1
                 for text in _of_row(row, field, f"corpus {file}, row {done}", empty=True):
-                    yield text, size * done // rows
+                    yield text, size * (done - told) // rows
+                    told = done
 
 
 def _of_row(row: Any, field: str | None, where: str, empty: bool = False) -> list[str]:

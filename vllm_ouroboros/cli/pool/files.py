@@ -11,13 +11,9 @@ from vllm_ouroboros.cli.inputs import InputError
 from vllm_ouroboros.phrases import file_rows
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS, FIRST_HASH
-from vllm_ouroboros.phrases.insertion import insert_text
 from vllm_ouroboros.phrases.merging import union
 from vllm_ouroboros.phrases.pool import PhrasePool
-from vllm_ouroboros.phrases.pool_file import PoolFile, tokenizer_hash
-
-LONGEST = 2**16
-"""Tokens of a text that are encoded and inserted at once."""
+from vllm_ouroboros.phrases.pool_file import PoolFile
 
 
 def file_for(path: Path, model: str) -> tuple[PoolFile, Callable[[str], list[int]]]:
@@ -29,48 +25,43 @@ def file_for(path: Path, model: str) -> tuple[PoolFile, Callable[[str], list[int
     from vllm.config import ModelConfig
     from vllm.tokenizers import cached_tokenizer_from_config
 
+    from vllm_ouroboros.integration.compat import reason
+    from vllm_ouroboros.integration.persistence import file_of
+
     try:
         config = ModelConfig(model=model)
         tokenizer = cached_tokenizer_from_config(config)
     except Exception as error:
-        why = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        raise InputError(f"--tokenizer {model}: cannot be loaded ({why:.200})") from None
-    size, known = config.get_vocab_size(), tokenizer_hash(tokenizer.get_vocab())
-    file = PoolFile(path, vocab_size=size, tokenizer_hash=known)
-    return file, lambda text: tokenizer.encode(text, add_special_tokens=False)
+        raise InputError(f"--tokenizer {model}: cannot be loaded ({reason(error)})") from None
+    return file_of(path, config), lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
 def insert_texts(pool: PhrasePool, texts: Iterable[str], encode: Callable[[str], list[int]]) -> int:
     """Feed texts to a pool as requests feed it what they wrote; returns their tokens."""
     total = 0
-    for number, text in enumerate(texts, 1):
-        ids = np.asarray(encode(text), np.int32)
+    for text in texts:
+        ids = encode(text)
         total += len(ids)
-        for first in range(0, len(ids), LONGEST):
-            part = ids[first : first + LONGEST]
-            insert_text(
-                pool.arrays, np.int64(0), part, 0, len(part), int(PhraseSource.HISTORY),
-                np.int32(number % 2**31), len(CONTEXTS),
-            )  # fmt: skip
+        pool.insert_text(ids, PhraseSource.HISTORY, contexts=len(CONTEXTS))
     return total
 
 
-def opened(path: Path) -> PoolFile:
-    """The pool file at a path, whatever tokenizer it is for.
+def read(path: Path) -> tuple[PoolFile, dict[str, np.ndarray]]:
+    """The pool file at a path, whatever tokenizer it is for, and its rows.
 
     Raises:
-        InputError: there is none, or it is something else.
+        InputError: there is none, or it is something else, or damaged.
     """
     try:
-        return PoolFile.at(path)
+        file = PoolFile.at(path)
+        return file, file.rows()
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def describe(path: Path) -> dict[str, object]:
     """What a pool's file holds."""
-    file = opened(path)
-    rows = file.rows()
+    file, rows = read(path)
     keys = rows["keys"].astype(np.uint32).astype(np.int64)
     lengths, sources = rows["lengths"], rows["sources"]
     return {
@@ -94,14 +85,11 @@ def merge(paths: list[Path], out: Path, max_keys: int, max_phrases: int) -> int:
     Raises:
         InputError: one cannot be read, or is for another tokenizer.
     """
-    files = [opened(path) for path in paths]
-    first = files[0]
-    for file in files[1:]:
+    (first, rows), *others = map(read, paths)
+    for file, newer in others:
         if file.tokenizer_hash != first.tokenizer_hash or file.vocab_size != first.vocab_size:
             raise InputError(f"{file.path} is for another tokenizer than {first.path}")
-    rows = dict(first.rows())
-    for file in files[1:]:
-        rows = union(file.rows(), rows, max_keys, max_phrases, news=False)
+        rows = union(newer, rows, max_keys, max_phrases, news=False)
     target = PoolFile(out, vocab_size=first.vocab_size, tokenizer_hash=first.tokenizer_hash)
     save(target, rows)
     return len(rows["keys"])

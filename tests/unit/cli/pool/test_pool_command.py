@@ -139,6 +139,17 @@ def test_what_is_no_pool_is_not_merged_nor_overwritten(tmp_path) -> None:
     assert (tmp_path / "corpus.txt").read_text() == TEXT
 
 
+def test_a_damaged_pool_is_named(tmp_path) -> None:
+    assert build(tmp_path / "pool", written(tmp_path, "txt")).exit_code == 0
+    (tmp_path / "half").write_bytes((tmp_path / "pool").read_bytes()[:-9])
+    for result in (
+        run("info", tmp_path / "half"),
+        run("merge", tmp_path / "half", "--out", tmp_path / "out"),
+    ):
+        assert result.exit_code == 2
+        assert "is truncated, damaged or unreadable" in result.output
+
+
 def test_every_context_of_an_engine_is_a_key(tmp_path) -> None:
     assert build(tmp_path / "pool", written(tmp_path, "txt")).exit_code == 0
     pool, ids = contents(tmp_path / "pool")
