@@ -16,6 +16,7 @@ from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.features import HeadFeatures
 from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows
 from vllm_ouroboros.draft.model import DraftModel, Outputs
+from vllm_ouroboros.heads.checkpoint import EAGLE, is_named
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,36 +25,6 @@ if TYPE_CHECKING:
     from vllm_ouroboros.heads.short_vocabulary import ShortVocabulary
     from vllm_ouroboros.metrics.step_clock import StepClock
     from vllm_ouroboros.trees.request_state import RequestState
-
-EAGLE = "EagleLlamaForCausalLM"
-
-
-def is_head(path: str) -> bool:
-    """Whether a draft model is a head: a folder with ``config.json`` of an "Eagle" architecture.
-
-    EAGLE's own checkpoints name their target's architecture; they have a tensor ``fc.weight``.
-    """
-    folder = Path(path)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return _is_named(config) or _has_fc(folder)
-
-
-def _is_named(config: dict[str, Any]) -> bool:
-    return any(name.startswith("Eagle") for name in config.get("architectures") or [])
-
-
-def _has_fc(folder: Path) -> bool:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            names = set(tensors.keys())
-        if "fc.weight" in names:
-            return True
-    return False
 
 
 def _plain(layer: torch.nn.Module) -> torch.nn.Module:
@@ -97,7 +68,7 @@ class DraftHead(DraftModel):
 
     def __init__(self, path: str, vllm_config: VllmConfig) -> None:
         config = json.loads((Path(path) / "config.json").read_text())
-        overrides = {} if _is_named(config) else {"architectures": [EAGLE]}
+        overrides = {} if is_named(config) else {"architectures": [EAGLE]}
         super().__init__(path, vllm_config, hf_overrides=overrides)
         target = vllm_config.model_config
         self.hidden = target.get_hidden_size()

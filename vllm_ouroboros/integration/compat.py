@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
+from vllm_ouroboros.heads.checkpoint import is_head
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -149,8 +150,6 @@ def _cache_types(model: ModelConfig) -> tuple[str, ...]:
 
 def check_draft_parallel(vllm_config: VllmConfig, draft: str | None) -> list[str]:
     """Whether a draft model can be shared by so many ranks."""
-    from vllm_ouroboros.draft.head import is_head
-
     given = vllm_config.speculative_config.draft_tensor_parallel_size
     size = vllm_config.parallel_config.tensor_parallel_size
     head = draft is not None and is_head(draft)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,20 @@ def _wrap_validate_spec_decode(original: Any) -> Any:
     return _validate_spec_decode
 
 
+def _wrap_kernel_overrides(original: Any) -> Any:
+    function = _function(original)
+
+    @functools.wraps(function)
+    def register_triton_kernel_overrides(cls) -> None:
+        ffi = sys.modules.get("llvmlite.binding.ffi")  # numba's; there once numba was imported
+        functions = getattr(getattr(ffi, "lib", None), "_fntab", None)
+        if functions is not None:
+            functions.setdefault("__dict__", {})
+        function(cls)
+
+    return classmethod(register_triton_kernel_overrides)
+
+
 PATCHES = (
     Patch(
         owner=_platform,
@@ -180,6 +195,15 @@ PATCHES = (
         why="min_p and logit_bias, which vLLM refuses with any speculative decoding",
         upstream="vllm.sampling_params.SamplingParams._validate_spec_decode",
         remove_when="vLLM asks the proposer what it can do",
+    ),
+    Patch(
+        owner=_platform,
+        name="register_triton_kernel_overrides",
+        wrap=_wrap_kernel_overrides,
+        why="a second engine of a process, or numba imported first: vLLM looks through all loaded "
+        "modules, and llvmlite's library answers it with a function for any name, `__dict__` too",
+        upstream="vllm.platforms.<current>.register_triton_kernel_overrides",
+        remove_when="vLLM's scan of modules passes over objects without a dict of their own",
     ),
 )
 

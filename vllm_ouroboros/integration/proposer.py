@@ -9,11 +9,12 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
-from vllm_ouroboros.draft.head import DraftHead, is_head
+from vllm_ouroboros.draft.head import DraftHead
 from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.draft.rounds import DraftRounds
+from vllm_ouroboros.heads.checkpoint import is_head
 from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.deferred import Deferred
 from vllm_ouroboros.integration.live_requests import LiveRequests, Request

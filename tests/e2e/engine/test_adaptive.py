@@ -19,6 +19,7 @@ PATTERN = r"(\n    [a-z]{1,8} = [0-9]{1,4}){2,4}"
 # the target were nearly free, and one of its forwards a hundred of the draft model's.
 SCRIPT = """
 import json, sys
+import numba  # vLLM starts in a process that has it
 from vllm import LLM, SamplingParams
 import vllm_ouroboros
 

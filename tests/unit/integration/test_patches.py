@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -264,3 +266,28 @@ def test_other_engines_refuse_it_as_ever(params) -> None:
             )
     SamplingParams(**params)._validate_spec_decode(None)
     SamplingParams()._validate_spec_decode(SimpleNamespace(method="ngram", model=None))
+
+
+def test_vllm_looks_through_the_modules_of_a_process_with_numba(monkeypatch) -> None:
+    """A second engine of a process: vLLM reads the dict of whatever stands in a loaded module."""
+    import numba  # noqa: F401
+    from llvmlite.binding import ffi
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
+
+    seen = []
+    monkeypatch.setattr(dispatcher, "_registry", {})
+    monkeypatch.setattr(dispatcher, "_rebind_kernels", lambda _: seen.append(vars(ffi.lib)))
+    current_platform.register_triton_kernel_overrides()
+    assert seen == [{}]
+
+
+def test_a_check_of_the_configuration_loads_no_compiled_loop() -> None:
+    """vLLM's main process needs none, and vLLM looks through the loaded modules of a worker."""
+    script = (
+        "import sys; from vllm_ouroboros.integration import compat, patches, plugin; "
+        "plugin.register(); assert compat.is_head('nowhere') is False; "
+        "assert 'numba' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
