@@ -40,7 +40,6 @@ class Native:
         self.sliding_window = (-1, -1) if window is None else (window - 1, 0)
         self.alibi_slopes = lacking.get("alibi")
         self.sinks, self.attn_type = lacking.get("sinks"), lacking.get("kind", "decoder")
-        self.kv_sharing_target_layer_name = lacking.get("shares")
         self.chunk_lookback = lacking.get("lookback", -1)
         self.native_rows = 0
 
@@ -63,18 +62,19 @@ def cache(kind=torch.float32, heads_first=False) -> torch.Tensor:
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("window, cap", [(None, 0.0), (6, 0.0), (None, 5.0)])
 @pytest.mark.parametrize("behind", [0, 5])
-@pytest.mark.parametrize("kind", ["auto", "fp8"])
+@pytest.mark.parametrize("kind", ["auto", "fp8", "another layer's"])
 def test_tree_rows_attend_as_the_oracle_says(
     kind, behind, window, cap, heads_first, device
 ) -> None:
-    """In front of a prompt (whose rows are vLLM's) or alone, and in front of a graph's padding."""
+    """In front of a prompt (whose rows are vLLM's) or alone, and in front of a graph's padding;
+    a layer that reads another one's cache is given no keys and values."""
     torch.manual_seed(0)
-    quantised = kind == "fp8"
+    quantised, shared = kind == "fp8", kind == "another layer's"
     parents, starts = random_trees([4, 7, 1], 1)
     contexts = np.array([20, 3, 0], np.int32)
     total, padding = int(starts[-1]), 3
     own = slice(total)
-    impl = Impl(kind, window, cap)
+    impl = Impl("fp8" if quantised else "auto", window, cap)
     assert impl.supports_quant_query_input is False
     assert impl.fused_output_quant_supported(None) is False
     kv = cache(torch.float8_e4m3fn if quantised else torch.float32, heads_first).to(device)
@@ -89,7 +89,7 @@ def test_tree_rows_attend_as_the_oracle_says(
     slots = torch.cat([slots, slots.new_full((behind + padding,), -1)])
     keys, values = impl.split_cache(kv)
     scale = torch.tensor(0.5 if quantised else 1.0, device=device)
-    if quantised:  # what a later step will read
+    if quantised or shared:  # what a later step will read
         page, place = slots[slots >= 0] // PAGE, slots[slots >= 0] % PAGE
         keys[page, place] = (k[own] / scale).to(keys.dtype)
         values[page, place] = (v[own] / scale).to(keys.dtype)
@@ -100,7 +100,8 @@ def test_tree_rows_attend_as_the_oracle_says(
     metadata = MaskedFirst(others, table, slots, step)
     layer = SimpleNamespace(_k_scale=scale, _v_scale=scale)
     out = torch.zeros(len(q), HEADS * DIM, device=device)
-    impl.forward(layer, q, k, v, kv, metadata, out)
+    given_kv = (None, None) if shared else (k, v)
+    impl.forward(layer, q, *given_kv, kv, metadata, out)
     assert impl.native_rows == (behind + padding if behind else 0)
 
     wanted = torch.zeros(total, HEADS, DIM)
@@ -176,7 +177,6 @@ def test_vllms_metadata_is_of_the_rows_behind(masked) -> None:
         ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"kind": "encoder"}, "decoder's"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
-        ({"shares": "model.layers.3"}, "another layer's KV cache"),
         ({"lookback": 0}, "chunk_lookback"),
     ],
 )

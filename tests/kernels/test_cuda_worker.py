@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.draft.model import DraftModel
+from vllm_ouroboros.draft.rounds import DraftRounds
 from vllm_ouroboros.integration import compat, cuda_worker
 from vllm_ouroboros.integration.cuda_runner import GRAPH_BYTES, OuroborosCUDARunner
 from vllm_ouroboros.integration.cuda_worker import OuroborosCUDAWorker
@@ -104,3 +105,33 @@ def test_the_drafts_graphs_are_counted(monkeypatch, draft, mode, graphs) -> None
     runner.drafter = SimpleNamespace(draft=draft)
     runner.compilation_config = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode])
     assert runner.profile_cudagraph_memory() == 1000 + graphs * GRAPH_BYTES
+
+
+def test_a_profile_counts_the_logits_of_a_round(monkeypatch) -> None:
+    """As many rows as a draft forward of the largest batch has, at most what a forward may have."""
+    monkeypatch.setattr(GPUModelRunner, "profile_run", lambda self: None)
+    asked = []
+
+    class Draft(DraftModel):
+        model_config = SimpleNamespace(get_hidden_size=lambda: 8, dtype=torch.float32)
+        target_config = SimpleNamespace(device_config=SimpleNamespace(device="cpu"))
+        short_ids = None
+
+        def __init__(self) -> None: ...
+
+        def compute_logits(self, hidden, *, short=False):
+            asked.append(("draft", *hidden.shape, short))
+            return hidden.new_zeros(len(hidden), 50)
+
+    rounds = object.__new__(DraftRounds)
+    rounds.draft, rounds.max_rows, rounds._most_rows = Draft(), 40, lambda width: 9
+    runner = object.__new__(OuroborosCUDARunner)
+    runner.drafter = SimpleNamespace(
+        draft=rounds.draft, rounds=rounds, warm_up=lambda rows: asked.append(rows)
+    )
+    runner.max_num_tokens, runner.max_num_reqs, runner.uniform_decode_query_len = 64, 4, 5
+    runner.model_config, runner.device = Draft.model_config, "cpu"
+    runner.model = SimpleNamespace(compute_logits=lambda h: asked.append(("target", *h.shape)))
+    runner.profile_run()
+    assert asked == [64, ("target", 20, 8), ("draft", 36, 8, False)]
+    assert rounds.rows_of_forward(100) == 40

@@ -10,6 +10,9 @@ import torch
 from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES, RequestState
 from vllm_ouroboros.verify.acceptance import greedy
 
+ROWS_AT_ONCE = 512
+"""Rows whose probabilities over the whole vocabulary lie in memory together."""
+
 
 def top_alternatives(
     logits: torch.Tensor, ids: np.ndarray | None = None
@@ -22,7 +25,11 @@ def top_alternatives(
         The tokens int64 [M, NUM_ALTERNATIVES + 1], the most probable first, and their
         probabilities float32 of the same shape.
     """
-    probs, tokens = logits.float().softmax(-1).topk(min(NUM_ALTERNATIVES + 1, logits.shape[1]))
+    most = min(NUM_ALTERNATIVES + 1, logits.shape[1])
+    parts = [
+        part.softmax(-1, dtype=torch.float32).topk(most) for part in logits.split(ROWS_AT_ONCE)
+    ]
+    probs, tokens = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     both = torch.stack([tokens.int(), probs.view(torch.int32)]).numpy(force=True)  # in one copy
     found = both[0].astype(np.int64)
     return found if ids is None else ids[found], both[1].view(np.float32)

@@ -169,13 +169,6 @@ class DraftHead(DraftModel):
             return super().compute_logits(hidden)
         return self.short.short_logits(self.model.lm_head, hidden)
 
-    def profile(self, rows: int) -> None:
-        """Take the memory that logits of so many rows need."""
-        hidden = torch.zeros(
-            rows, self.hidden, dtype=self.dtype, device=self.target_config.device_config.device
-        )
-        self.compute_logits(hidden, short=True).float().softmax(-1)
-
     def keep_text(
         self,
         slots: np.ndarray,

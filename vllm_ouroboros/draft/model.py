@@ -19,6 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_ouroboros.config import ConfigError
+from vllm_ouroboros.draft.alternatives import top_alternatives
 from vllm_ouroboros.draft.causal import causal_metadata
 from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows, slot_mapping
 from vllm_ouroboros.draft.ranks import Ranks
@@ -127,7 +128,8 @@ class DraftModel:
         if len(groups) != 1:
             raise ConfigError(
                 f"the layers of ouroboros.draft_model = {self.model_config.model!r} fall into "
-                f"{len(groups)} KV cache groups; use a draft model with one kind of attention"
+                f"{len(groups)} KV cache groups, as vLLM groups them with the target's: use a head "
+                "(one layer), phrases alone, or a draft model with one kind of attention"
             )
         self.kv_cache_gid = groups[0]
         self.attn_groups = [
@@ -261,6 +263,15 @@ class DraftModel:
         )
         with context, self.sharding():
             return self._run_model(tokens, positions, *more)
+
+    @torch.inference_mode()
+    def profile(self, rows: int) -> None:
+        """Take the memory that a round needs for logits of so many rows."""
+        config, device = self.model_config, self.target_config.device_config.device
+        hidden = torch.zeros(rows, config.get_hidden_size(), dtype=config.dtype, device=device)
+        logits = self.compute_logits(hidden, short=self.short_ids is not None)
+        if logits is not None:  # a rank that follows may get none
+            top_alternatives(logits)
 
     def _run_model(
         self, tokens: torch.Tensor, positions: torch.Tensor, *more: torch.Tensor

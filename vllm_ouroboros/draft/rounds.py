@@ -67,6 +67,10 @@ class DraftRounds:
         """Most requests of a masked forward; each path that expands the tree counts as one."""
         return batch * (1 + MAX_EXPANDED) if self.draft.reads_features else batch
 
+    def rows_of_forward(self, batch: int) -> int:
+        """Most rows of one forward for so many requests, whose logits may all be asked for."""
+        return min(batch * self.widest, max(self.max_rows, self.widest))
+
     def _most_rows(self, width: RoundWidth) -> int:
         rows = self.drafting.rows_of(width) + self.drafting.budget + MAX_CATCH_UP
         return rows + (MAX_EXPANDED * NUM_FOLLOWING if self.draft.reads_features else 0)

@@ -122,6 +122,7 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
         (vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER), "scheduler_cls",
          vllm_config.scheduler_config.scheduler_cls, "the default"),
         (vllm_config.kv_transfer_config is not None, "kv_transfer_config", "set", "none"),
+        (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", True, "false"),
         (cache.kv_offloading_size is not None, "kv_offloading_size", cache.kv_offloading_size,
          "none"),
         (model.enable_prompt_embeds, "enable_prompt_embeds", True, "false"),
@@ -164,8 +165,9 @@ def check_draft_parallel(vllm_config: VllmConfig, draft: str | None) -> list[str
 
 
 def choose_attention(vllm_config: VllmConfig) -> None:
-    """Take TRITON_ATTN where vLLM would take FlashInfer, whose place no backend of ours takes: on
-    data centre Blackwell, and for an fp8 KV cache. What the user chose stays.
+    """Take TRITON_ATTN where vLLM would take a backend whose place none of ours takes: FlashInfer
+    on data centre Blackwell and for an fp8 KV cache, one of two parts for models whose images see
+    what is behind them. What the user chose stays.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -175,7 +177,8 @@ def choose_attention(vllm_config: VllmConfig) -> None:
         return
     capability = current_platform.get_device_capability()
     blackwell = capability is not None and capability.major == 10
-    if blackwell or vllm_config.cache_config.cache_dtype.startswith("fp8"):
+    images = vllm_config.model_config.is_mm_prefix_lm
+    if blackwell or images or vllm_config.cache_config.cache_dtype.startswith("fp8"):
         attention.backend = AttentionBackendEnum.TRITON_ATTN
 
 
@@ -234,6 +237,11 @@ def check_draft(draft: str, target: ModelConfig) -> list[str]:
             f"{target.model!r} one of {target.get_vocab_size()}: both must share one tokenizer"
         ]
     problems = _compare_tokenizers(key, local, Path(target.tokenizer))
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        problems.append(
+            f"{key} has layers that read another layer's KV cache, which a draft model must not: "
+            "use another draft model, or phrases alone"
+        )
     return problems + check_model("ouroboros.draft_model", model)
 
 

@@ -54,16 +54,17 @@ class OuroborosCUDARunner(TreeRunner):
         self.cudagraph_dispatcher = TreeDispatcher(self.vllm_config)
 
     def profile_run(self, *args, **kwargs) -> None:
-        """As vLLM does, with what else takes memory: the draft model's activations, and logits of
-        as many rows as trees may have."""
+        """As vLLM does, with what else takes memory: the draft model's activations and logits, and
+        the target's logits of as many rows as trees may have."""
         super().profile_run(*args, **kwargs)
         self.drafter.warm_up(self.max_num_tokens)
         size = min(self.max_num_tokens, self.max_masked_rows), self.model_config.get_hidden_size()
         with torch.inference_mode():
             hidden = torch.zeros(size, dtype=self.model_config.dtype, device=self.device)
             self.model.compute_logits(hidden)
-            if self.drafter.head is not None:
-                self.drafter.head.profile(self.max_num_reqs)
+        draft, rounds = self.drafter.draft, self.drafter.rounds
+        if draft is not None and rounds is not None:
+            draft.profile(rounds.rows_of_forward(self.max_num_reqs))
 
     def initialize_kv_cache(self, *args, **kwargs) -> None:
         super().initialize_kv_cache(*args, **kwargs)

@@ -1,10 +1,12 @@
 """Other dense decoder families, as target and as draft: Qwen2 (biases) and Qwen3 (q/k norms);
-and heads for them, under Ouroboros and under stock vLLM."""
+heads for them, under Ouroboros and under stock vLLM; and Gemma 4, whose last layers read the KV
+cache of others."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,30 +37,55 @@ HEADS = {
 }
 
 
+GEMMA = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 48,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 4096,
+}
+
+
 def make_pair(family: str, folder, tokenizer_folder) -> tuple[str, str]:
     """A target of random weights, and a draft that is the target with noise on its weights."""
     import transformers
 
     config = getattr(transformers, f"{family}Config")(**SIZES, **HEADS[family])
+    model = random_model(getattr(transformers, f"{family}ForCausalLM"), config)
+    paths = []
+    for part, noise in (("target", 0.0), ("draft", 0.03)):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + noise * torch.randn_like(weight))
+        paths.append(save(model, folder / family / part, tokenizer_folder))
+    return paths[0], paths[1]
+
+
+def random_model(kind: type, config: object) -> torch.nn.Module:
+    """A model of large weights, its norms and biases random as well."""
     torch.manual_seed(20240213)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    model = kind(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(".bias"):
                 weight.normal_(std=0.5)
             elif weight.dim() == 1:
                 weight.uniform_(0.5, 1.5)
-    paths = []
-    for part, noise in (("target", 0.0), ("draft", 0.03)):
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(1 + noise * torch.randn_like(weight))
-        path = folder / family / part
-        model.save_pretrained(path)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tokenizer_folder / file, path / file)
-        paths.append(str(path))
-    return paths[0], paths[1]
+    return model
+
+
+def save(model: torch.nn.Module, path: Path, tokenizer_folder: Path) -> str:
+    """Write a model that shares the tokenizer of another one."""
+    model.save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / file, path / file)
+    return str(path)
 
 
 def make_head(family: str, folder) -> str:
@@ -118,3 +145,20 @@ def test_a_head_changes_no_text(models, tmp_path, prompts, ouroboros, vanilla, t
         outputs = tools.generate(llm, some, GREEDY)
     assert tools.tokens_of(outputs) == expected
     assert used["draft_forwards"] > 0
+
+
+def test_layers_that_read_another_layers_cache(tmp_path, pair, prompts, ouroboros, vanilla, tools):
+    """Phrases alone; prompts arrive in chunks beside trees, and alone."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(**{**SIZES, **GEMMA, "tie_word_embeddings": True})
+    target = save(random_model(Gemma4ForCausalLM, config), tmp_path, pair / "target")
+    some = prompts[:12]
+    expected = tools.tokens_of(vanilla(some, GREEDY, model=target))
+    assert len({tuple(ids) for ids in expected}) > 6, "the texts must differ to mean anything"
+    llm = ouroboros(model=target, options={"draft_model": None})
+    with tools.Used(llm) as used:
+        for batch in (some, some[:4]):  # the second time phrases know the text
+            assert tools.tokens_of(tools.generate(llm, batch, GREEDY)) == expected[: len(batch)]
+    assert used["accepted_from_suffix"] > used["emitted_tokens"] // 10
+    assert used["accepted_tokens"] < used["verified_nodes"]

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_ouroboros.draft import alternatives
 from vllm_ouroboros.draft.alternatives import Choices, top_alternatives
 from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
 
-def test_the_draft_model_says_what_it_thinks_of() -> None:
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_the_draft_model_says_what_it_thinks_of(monkeypatch, at_once) -> None:
+    monkeypatch.setattr(alternatives, "ROWS_AT_ONCE", at_once)
     logits = torch.stack([torch.randperm(7) for _ in range(5)]).bfloat16()  # no ties
     first, odds = top_alternatives(logits)
     wanted = logits.float().softmax(-1).topk(NUM_ALTERNATIVES + 1)

@@ -136,7 +136,12 @@ def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> Sim
             }
         ),
         "cache_config": SimpleNamespace(
-            **{"cache_dtype": "auto", "kv_offloading_size": None, **dict(cache)}
+            **{
+                "cache_dtype": "auto",
+                "kv_offloading_size": None,
+                "kv_sharing_fast_prefill": False,
+                **dict(cache),
+            }
         ),
         "scheduler_config": SimpleNamespace(**{"scheduler_cls": None, **dict(scheduler)}),
         "kv_transfer_config": None,
@@ -191,6 +196,7 @@ def test_a_plain_engine_passes(config) -> None:
         (engine(scheduler={"scheduler_cls": "mine.S"}), "scheduler_cls", "'mine.S'"),
         (engine(kv_transfer_config=object()), "kv_transfer_config", "'set'"),
         (engine(cache={"kv_offloading_size": 1.5}), "kv_offloading_size", "1.5"),
+        (engine(cache={"kv_sharing_fast_prefill": True}), "kv_sharing_fast_prefill", "True"),
         (engine(model_config=model(enable_prompt_embeds=True)), "enable_prompt_embeds", "True"),
         (engine(cache={"cache_dtype": "fp8"}), "kv_cache_dtype", "'fp8'"),
         (engine(cache={"cache_dtype": "fp8_e5m2"}), "kv_cache_dtype", "'fp8_e5m2'"),
@@ -352,6 +358,13 @@ def test_a_draft_that_cannot_be_loaded(tmp_path) -> None:
     assert "\n" not in problem
 
 
+def test_a_draft_whose_layers_share_their_cache(tmp_path) -> None:
+    draft = copy_draft(tmp_path / "draft", num_kv_shared_layers=2)
+    [problem] = compat.check_draft(str(draft), shipped())
+    assert "another layer's KV cache" in problem
+    assert "use another draft model" in problem
+
+
 def test_check_models_names_what_is_wrong(tmp_path) -> None:
     [problem] = compat.check_models(str(tmp_path), None, {})
     assert problem.startswith(f"model = {str(tmp_path)!r} cannot be loaded")
@@ -368,18 +381,19 @@ def test_shipped_assets_are_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    "platform, major, dtype, given, expected",
+    "platform, major, dtype, images, given, expected",
     [
-        ("cuda", 10, "auto", None, "TRITON_ATTN"),
-        ("cuda", 9, "fp8", None, "TRITON_ATTN"),
-        ("cuda", 9, "auto", None, None),
-        ("cuda", None, "auto", None, None),
-        ("cuda", 10, "fp8", "FLASHINFER", "FLASHINFER"),
-        ("cpu", 10, "fp8", None, None),
+        ("cuda", 10, "auto", False, None, "TRITON_ATTN"),
+        ("cuda", 9, "fp8", False, None, "TRITON_ATTN"),
+        ("cuda", 9, "auto", False, None, None),
+        ("cuda", 9, "auto", True, None, "TRITON_ATTN"),
+        ("cuda", None, "auto", False, None, None),
+        ("cuda", 10, "fp8", False, "FLASHINFER", "FLASHINFER"),
+        ("cpu", 10, "fp8", True, None, None),
     ],
 )
 def test_no_backend_is_left_to_vllm_that_trees_cannot_use(
-    monkeypatch, platform, major, dtype, given, expected
+    monkeypatch, platform, major, dtype, images, given, expected
 ) -> None:
     from vllm.platforms import current_platform
 
@@ -387,6 +401,7 @@ def test_no_backend_is_left_to_vllm_that_trees_cannot_use(
     monkeypatch.setattr(current_platform, "is_cuda", lambda: platform == "cuda")
     monkeypatch.setattr(current_platform, "get_device_capability", lambda: found)
     config = engine(cache={"cache_dtype": dtype}, attention_config=SimpleNamespace(backend=given))
+    config.model_config.is_mm_prefix_lm = images
     compat.choose_attention(config)
     backend = config.attention_config.backend
     assert getattr(backend, "name", backend) == expected

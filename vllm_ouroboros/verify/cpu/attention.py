@@ -83,9 +83,7 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         if tree.covers_all:
-            queries, keys, values = (t[: tree.num_rows] for t in (query, key, value))
-            if tree.save_kv:  # copies: the compiled graph around us may reuse its tensors' memory
-                keys, values = keys.clone(), values.clone()
+            queries = query[: tree.num_rows]
         else:
             linear = tree.linear_rows(attn_metadata)
             part = query.index_select(0, linear.rows)
@@ -93,9 +91,8 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
                 layer, part, key, value, kv_cache, linear.metadata, torch.empty_like(part),
                 output_scale, output_block_scale,
             )  # fmt: skip
-            queries, keys, values = (t.index_select(0, tree.rows) for t in (query, key, value))
-        if tree.save_kv:
-            tree.saved_kv[layer.layer_name] = TreeRowKV(self, layer, kv_cache, keys, values)
+            queries = query.index_select(0, tree.rows)
+        keys, values = self._step_kv(tree, layer, key, value, kv_cache)
         result = attend(
             tree, queries, keys, values, kv_cache, isa=layer.isa, scale=self.scale,
             window=self.sliding_window, soft_cap=self.logits_soft_cap or 0.0,
@@ -105,6 +102,21 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
         else:
             output[tree.rows] = result.to(output.dtype)
         return output
+
+    def _step_kv(self, tree, layer, key, value, kv_cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [tree rows, ...] of a layer, saved if the step may move them."""
+        if key is None:  # a layer that reads another one's
+            other = tree.saved_kv[self.kv_sharing_target_layer_name]
+            return other.keys, other.values
+        if tree.covers_all:
+            keys, values = key[: tree.num_rows], value[: tree.num_rows]
+            if tree.save_kv:  # copies: the compiled graph around us may reuse its tensors' memory
+                keys, values = keys.clone(), values.clone()
+        else:
+            keys, values = key.index_select(0, tree.rows), value.index_select(0, tree.rows)
+        if tree.save_kv:
+            tree.saved_kv[layer.layer_name] = TreeRowKV(self, layer, kv_cache, keys, values)
+        return keys, values
 
 
 class TreeAttentionBackend(CPUAttentionBackend):

@@ -71,8 +71,6 @@ class TreeRows:
              self.attn_type != "decoder"),  # type: ignore[attr-defined]
             (f"KV cache type {self.kv_cache_dtype!r}",
              self.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FP8)),
-            ("layers that read another layer's KV cache",
-             getattr(self, "kv_sharing_target_layer_name", None) is not None),
             ("attention to blocks before the last ones (chunk_lookback)",
              getattr(self, "chunk_lookback", -1) >= 0),
         )  # fmt: skip
@@ -103,8 +101,10 @@ class TreeRows:
             self._attend(tree, layer, query, key, value, kv_cache, attn_metadata, output)
             first, others = tree.num_rows, getattr(attn_metadata, "others", None)
         if tree is None or others is not None:
+            if first and key is not None:  # None: a layer that reads another one's cache
+                key, value = key[first:], value[first:]
             super().forward(  # type: ignore[misc]
-                layer, query[first:], key[first:], value[first:], kv_cache, others, output[first:],
+                layer, query[first:], key, value, kv_cache, others, output[first:],
                 output_scale, output_block_scale,
             )  # fmt: skip
         return output
@@ -112,16 +112,21 @@ class TreeRows:
     def _attend(self, tree, layer, query, key, value, kv_cache, attn_metadata, output) -> None:
         """Attention of the first rows by masks, into ``output``."""
         keys, values = self.split_cache(kv_cache)
-        query, key, value = (t[: tree.num_rows] for t in (query, key, value))
+        query = query[: tree.num_rows]
         out = output.view(-1, self.num_heads, self.head_size)[: tree.num_rows]
         k_scale = v_scale = None
         if keys.dtype in FP8.values():
             k_scale, v_scale = layer._k_scale, layer._v_scale
-            slots = getattr(attn_metadata, "slot_mapping", None)
-            if slots is not None:  # the target: rows see each other as a later step will see them
-                slots = slots[: tree.num_rows].clamp(min=0)
-                page, place = slots // keys.shape[1], slots % keys.shape[1]
-                key, value = keys[page, place], values[page, place]
+        # quantised rows of the target see each other as a later step will see them
+        slots = None if k_scale is None else getattr(attn_metadata, "slot_mapping", None)
+        if key is None:  # a layer that reads another one's cache
+            slots = attn_metadata.slot_mapping
+        if slots is None:
+            key, value = key[: tree.num_rows], value[: tree.num_rows]
+        else:
+            slots = slots[: tree.num_rows].clamp(min=0)
+            page, place = slots // keys.shape[1], slots % keys.shape[1]
+            key, value = keys[page, place], values[page, place]
         window = self.sliding_window[0]
         tree_attention(
             query, key, value, keys, values, tree.block_table, tree.context_lens,
@@ -238,13 +243,15 @@ class TreeFlashBackend(FlashAttentionBackend):
 
 
 def layer_tables(layers: list) -> list[KVLayers]:
-    """Where the KV of attention layers lies, one table for each geometry.
+    """Where the KV of attention layers lies, one table for each geometry; layers that share a
+    cache stand there once.
 
     Args:
         layers: vLLM's `Attention` modules, with their cache bound.
     """
     groups: dict[tuple, list] = {}
-    for layer in layers:
+    own = {layer.kv_cache.data_ptr(): layer for layer in layers}
+    for layer in own.values():
         keys, values = layer.impl.split_cache(layer.kv_cache)
         key = (keys.shape, keys.stride(), keys.dtype, keys.device)
         groups.setdefault(key, []).append((keys, values))
