@@ -113,6 +113,9 @@ def bench(
             "--enforce-eager/--no-enforce-eager", help="For every engine alike. Default: no."
         ),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="As in vLLM.")
+    ] = 1,
     alive: Annotated[
         int,
         typer.Option(
@@ -149,7 +152,8 @@ def bench(
             rounds=rounds, max_tokens=max_tokens,
             max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
             alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
-            prefix_caching=prefix_caching, tasks=tasks,
+            prefix_caching=prefix_caching, tensor_parallel_size=tensor_parallel_size,
+            tasks=tasks,
         )  # fmt: skip
         well = run(plan, plain=plain, verbose=verbose)
     except InputError as error:

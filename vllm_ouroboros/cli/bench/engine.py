@@ -42,6 +42,7 @@ class EngineSpec:
     max_num_batched_tokens: int
     enforce_eager: bool
     prefix_caching: bool = False
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Engine:
             max_num_batched_tokens=max(spec.max_num_batched_tokens, length),
             enforce_eager=spec.enforce_eager,
             enable_prefix_caching=spec.prefix_caching,
+            tensor_parallel_size=spec.tensor_parallel_size,
             disable_log_stats=False,
             speculative_config=spec.speculative,
             additional_config={"ouroboros": spec.ouroboros} if self.ours else {},

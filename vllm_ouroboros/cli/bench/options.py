@@ -63,6 +63,7 @@ def checked_plan(
     quick: bool,
     ignore_eos: bool = False,
     prefix_caching: bool = False,
+    tensor_parallel_size: int = 1,
     tasks: str | None = None,
     **chosen: Any,
 ) -> Plan:
@@ -134,6 +135,7 @@ def checked_plan(
         out=check_writable(out, "--out"),
         ignore_eos=ignore_eos,
         prefix_caching=prefix_caching,
+        tensor_parallel_size=tensor_parallel_size,
         tasks=kinds,
         later=later,
     )

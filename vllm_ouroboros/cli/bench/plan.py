@@ -44,6 +44,7 @@ class Plan:
     tasks: tuple[str, ...] = ()
     later: tuple[tuple[str, ...], ...] = ()
     head: str | None = None
+    tensor_parallel_size: int = 1
 
     def engine(self, method: Method, *, server: bool = False) -> EngineSpec:
         """What a method's engine is started with: the same for all but the method itself."""
@@ -60,6 +61,7 @@ class Plan:
             max_num_batched_tokens=max(MIN_BATCHED_TOKENS, seats * rows),
             enforce_eager=self.enforce_eager,
             prefix_caching=self.prefix_caching,
+            tensor_parallel_size=self.tensor_parallel_size,
         )
 
     def conversed(self, answer: Callable[[tuple[Prompt, ...]], list[str]]) -> Plan:

@@ -183,6 +183,7 @@ def run(plan: Plan, *, plain: bool = False, verbose: bool = False) -> bool:
         "max_num_seqs": plan.engine(plan.methods[0]).max_num_seqs,
         "enforce_eager": plan.enforce_eager,
         "prefix_caching": plan.prefix_caching,
+        "tensor_parallel_size": plan.tensor_parallel_size,
         "temperature": 0.0,
     }
 

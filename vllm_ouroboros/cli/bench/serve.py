@@ -123,6 +123,7 @@ def server_command(spec: EngineSpec, port: int) -> list[str]:
         *("--max-num-batched-tokens", str(max(spec.max_num_batched_tokens, spec.max_model_len))),
         f"--{'' if spec.prefix_caching else 'no-'}enable-prefix-caching",
         "--disable-uvicorn-access-log",
+        *("--tensor-parallel-size", str(spec.tensor_parallel_size)),
     ]
     if spec.enforce_eager:
         command.append("--enforce-eager")

@@ -114,6 +114,7 @@ def test_a_run_of_our_engine() -> None:
     assert llm.options["additional_config"] == {"ouroboros": {"draft_model": None}}
     assert llm.options["max_num_batched_tokens"] == 4096
     assert llm.options["enable_prefix_caching"] is False
+    assert llm.options["tensor_parallel_size"] == 1
     assert llm.options["disable_log_stats"] is False
     done: list[int] = []
     run = RunSpec(("a", "b", "c"), 2, 8, ("x",))

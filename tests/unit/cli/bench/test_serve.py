@@ -32,6 +32,7 @@ def test_commands_of_server_and_client(tmp_path: Path) -> None:
     assert options["--max-num-batched-tokens"] == "4096"
     assert "--enforce-eager" in command
     assert "--speculative-config" not in bench_serve.server_command(SPEC, 1)
+    assert "--tensor-parallel-size 1" in " ".join(bench_serve.server_command(SPEC, 1))
     client = bench_serve.client_command("m", "http://h", tmp_path / "p.jsonl", 3, 8, 0.5)
     options = dict(pairwise(client))
     assert options["--request-rate"] == "0.5"

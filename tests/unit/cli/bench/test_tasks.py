@@ -160,6 +160,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 def test_one_of_each_task_in_turn(chat_model: str, plans: list[Plan], tmp_path: Path) -> None:
     args = ["bench", "--model", chat_model, "--out", str(tmp_path / "x"), "--prefix-caching"]
+    args += ["-tp", "2"]
     assert cli_fakes.invoke(*args, "--tasks", "all").exit_code == 0
     assert cli_fakes.invoke(*args, "--tasks", "math,chat", "--limit", "2").exit_code == 0
     whole, part = plans
@@ -168,6 +169,7 @@ def test_one_of_each_task_in_turn(chat_model: str, plans: list[Plan], tmp_path: 
     assert whole.later == (("shorter", "once more"), (), ("and now?",))
     assert whole.prefix_caching
     assert whole.engine(whole.methods[0]).prefix_caching
+    assert whole.engine(whole.methods[0]).tensor_parallel_size == 2
     assert [prompt[0][1] for prompt in part.prompts] == ["1 + 1", "hello"]
     assert (part.tasks, part.others) == (("math", "chat"), ((user("hi"),),))
 
