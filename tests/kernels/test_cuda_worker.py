@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.rounds import DraftRounds
-from vllm_ouroboros.integration import compat, cuda_worker
+from vllm_ouroboros.integration import compat, cuda_runner, cuda_worker
 from vllm_ouroboros.integration.cuda_runner import GRAPH_BYTES, OuroborosCUDARunner
 from vllm_ouroboros.integration.cuda_worker import OuroborosCUDAWorker
 from vllm_ouroboros.integration.worker import OuroborosWorkerMixin
@@ -135,3 +136,30 @@ def test_a_profile_counts_the_logits_of_a_round(monkeypatch) -> None:
     runner.profile_run()
     assert asked == [64, ("target", 20, 8), ("draft", 36, 8, False)]
     assert rounds.rows_of_forward(100) == 40
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_graphs_of_a_shared_draft_model_hold_messages(monkeypatch, shared) -> None:
+    """Captured where vLLM registers the buffers that ranks exchange; not those of a whole one,
+    whose rank would wait there for the others."""
+    inside, seen = [], []
+
+    @contextmanager
+    def graph_capture(device):
+        inside.append(device)
+        yield SimpleNamespace(stream="stream of the capture")
+        inside.clear()
+
+    def graph_draft(self, capture) -> None:
+        seen.append((list(inside), capture.args[1]))
+
+    monkeypatch.setattr(cuda_runner, "graph_capture", graph_capture)
+    monkeypatch.setattr(OuroborosCUDARunner, "_graph_draft", graph_draft)
+    monkeypatch.setattr(GPUModelRunner, "capture_model", lambda self: 7)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    runner = object.__new__(OuroborosCUDARunner)
+    runner.drafter = SimpleNamespace(draft=SimpleNamespace(is_shared=shared))
+    runner.compilation_config = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL)
+    runner.device, runner.vllm_config = "cuda", None
+    assert runner.capture_model() == 7
+    assert seen == [(["cuda"], "stream of the capture") if shared else ([], None)]

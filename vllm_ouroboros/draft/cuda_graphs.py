@@ -28,18 +28,25 @@ Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 
 
 def capture_cuda(
-    vllm_config: VllmConfig, forward: Callable[[], torch.Tensor]
+    vllm_config: VllmConfig,
+    stream: torch.cuda.Stream | None,
+    forward: Callable[[], torch.Tensor],
 ) -> tuple[Replay, torch.Tensor]:
     """A forward as a CUDA graph: how to run it again, and where its results lie.
 
     Its memory is of the pool of vLLM's own graphs, which sleep mode may move off the device.
+
+    Args:
+        vllm_config: of the draft model.
+        stream: to capture on; None: one of torch's.
+        forward: what the graph does.
     """
     forward()  # compiles kernels, which a capture may not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with (
         capture_pool(current_platform.get_global_graph_pool(), vllm_config) as pool,
-        torch.cuda.graph(graph, pool=pool),
+        torch.cuda.graph(graph, pool=pool, stream=stream),
     ):
         result = forward()
     return graph.replay, result

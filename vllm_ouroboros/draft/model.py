@@ -14,7 +14,6 @@ from vllm.config import (
     get_layers_from_vllm_config,
     set_current_vllm_config,
 )
-from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
@@ -22,6 +21,7 @@ from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.draft.alternatives import top_alternatives
 from vllm_ouroboros.draft.causal import causal_metadata
 from vllm_ouroboros.draft.forward_rows import ForwardInputs, ForwardRows, slot_mapping
+from vllm_ouroboros.draft.loading import draft_config
 from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.verify.host_arrays import to_device
@@ -74,6 +74,11 @@ class DraftModel:
         self.ranks = Ranks()  # those that have a part of it
         self.sharding: Callable[[], AbstractContextManager[None]] = nullcontext  # to run it in
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks have parts of it, too."""
+        return self.ranks.leads or self.ranks.follows
+
     @classmethod
     def is_whole(cls, vllm_config: VllmConfig) -> bool:
         """Whether the first rank runs all of it; else each rank has a part, as of the target."""
@@ -90,13 +95,8 @@ class DraftModel:
         from vllm.model_executor.model_loader import get_model
 
         before = set(get_layers_from_vllm_config(self.target_config, Attention))
-        # adapters are the target's: the draft model has none
-        self.vllm_config = replace(
-            self.load_config,
-            quant_config=None,
-            lora_config=None,
-            model_config=self.model_config,
-        )
+        alone = self.sharding is not nullcontext
+        self.vllm_config = draft_config(self.load_config, self.model_config, alone=alone)
         tag = set_model_tag("ouroboros_draft")
         with set_current_vllm_config(self.vllm_config), tag, self.sharding():
             self.model = get_model(vllm_config=self.vllm_config, prefix="ouroboros_draft")

@@ -26,6 +26,7 @@ class Ranks:
 
     def __init__(self, group: GroupCoordinator | None = None) -> None:
         self._group = group if group is not None and group.world_size > 1 else None
+        self._step = 0  # of `deciding` and `follow`, the same on all ranks
 
     @classmethod
     def of_engine(cls) -> Ranks:
@@ -47,6 +48,7 @@ class Ranks:
     @contextmanager
     def deciding(self) -> Iterator[None]:
         """A block of the first rank that gives orders; if it fails, so do the others."""
+        self._step += 1
         try:
             yield
         except BaseException as error:
@@ -56,7 +58,7 @@ class Ranks:
     def tell(self, order: str, *what: Any) -> None:
         """Give the other ranks an order; they are in `follow`."""
         if self._group is not None:
-            self._group.broadcast_object((order, what))
+            self._group.broadcast_object((self._step, order, what))
 
     def end(self, *what: Any) -> None:
         """Let the other ranks return from `follow`, with a result."""
@@ -72,11 +74,18 @@ class Ranks:
             What it said at the end.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: it failed, or this rank left an earlier step before its end.
         """
         assert self._group is not None
+        self._step += 1
         while True:
-            order, what = self._group.broadcast_object()
+            step, order, what = self._group.broadcast_object()
+            if step != self._step:
+                raise RuntimeError(
+                    f"tensor-parallel rank {self._group.rank_in_group} is in step {self._step} of "
+                    f"drafting and rank 0 in step {step}: an earlier step failed on one of them, "
+                    "see its error; restart the engine"
+                )
             if order == _DONE:
                 return what
             if order == _FAILED:

@@ -137,7 +137,7 @@ def check_engine(vllm_config: VllmConfig) -> list[str]:
     problems += check_draft_parallel(vllm_config, config.draft_model)
     problems += check_model("model", model)
     if config.draft_model is not None:
-        problems += check_draft(config.draft_model, model)
+        problems += check_draft(config.draft_model, model, _parts(vllm_config, config.draft_model))
     return problems
 
 
@@ -149,11 +149,25 @@ def _cache_types(model: ModelConfig) -> tuple[str, ...]:
     return (*own, "fp8", "fp8_e4m3") if current_platform.is_cuda() else own
 
 
+def _parts(vllm_config: VllmConfig, draft: str) -> int:
+    """Ranks that share a draft model."""
+    given = vllm_config.speculative_config.draft_tensor_parallel_size or 1
+    return vllm_config.parallel_config.tensor_parallel_size if given > 1 or is_head(draft) else 1
+
+
 def check_draft_parallel(vllm_config: VllmConfig, draft: str | None) -> list[str]:
     """Whether a draft model can be shared by so many ranks."""
     given = vllm_config.speculative_config.draft_tensor_parallel_size
-    size = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    size = parallel.tensor_parallel_size
     head = draft is not None and is_head(draft)
+    whole = draft is not None and size > 1 == _parts(vllm_config, draft)
+    if whole and parallel.distributed_executor_backend == "external_launcher":
+        return [
+            "speculative_config.draft_tensor_parallel_size = 1 with distributed_executor_backend = "
+            f"'external_launcher' is not supported with Ouroboros yet: use {size}, for its engines "
+            "each plan their own KV cache"
+        ]
     if given is None or given == size or (given == 1 and not head):
         return []
     fix = (
@@ -215,8 +229,8 @@ def check_model(key: str, model: ModelConfig) -> list[str]:
     ]
 
 
-def check_draft(draft: str, target: ModelConfig) -> list[str]:
-    """Why a draft model cannot draft for a target."""
+def check_draft(draft: str, target: ModelConfig, parts: int = 1) -> list[str]:
+    """Why a draft model cannot draft for a target, on so many ranks."""
     key = f"ouroboros.draft_model = {draft!r}"
     local = Path(draft)
     looks_local = local.is_absolute() or draft.startswith((".", "~"))
@@ -237,6 +251,13 @@ def check_draft(draft: str, target: ModelConfig) -> list[str]:
             f"{target.model!r} one of {target.get_vocab_size()}: both must share one tokenizer"
         ]
     problems = _compare_tokenizers(key, local, Path(target.tokenizer))
+    heads = model.hf_text_config.num_attention_heads
+    if heads % parts:
+        problems.append(
+            f"{key} has {heads} attention heads, which {parts} ranks cannot share: use "
+            "speculative_config.draft_tensor_parallel_size = 1 (not for heads), or a "
+            "tensor_parallel_size that divides them"
+        )
     if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
         problems.append(
             f"{key} has layers that read another layer's KV cache, which a draft model must not: "

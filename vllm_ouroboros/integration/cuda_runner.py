@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.distributed.parallel_state import graph_capture
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import SamplerOutput
 
@@ -148,7 +149,12 @@ class OuroborosCUDARunner(TreeRunner):
         if not self._captures_draft:
             return taken
         free = torch.cuda.mem_get_info()[0]
-        self._graph_draft(partial(capture_cuda, self.vllm_config))
+        draft = self.drafter.draft
+        if draft is not None and draft.is_shared:  # messages between ranks are part of its graphs
+            with graph_capture(self.device) as context:
+                self._graph_draft(partial(capture_cuda, self.vllm_config, context.stream))
+        else:
+            self._graph_draft(partial(capture_cuda, self.vllm_config, None))
         return taken + max(0, free - torch.cuda.mem_get_info()[0])
 
     def _graph_draft(self, capture: Capture) -> None:

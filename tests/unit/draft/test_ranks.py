@@ -52,6 +52,19 @@ def test_a_rank_that_fails_ends_the_others() -> None:
         second.follow({})
 
 
+def test_orders_of_a_step_that_a_rank_left_are_not_taken_for_anothers() -> None:
+    first, second = pair()
+    with first.deciding():
+        first.tell("one")
+        first.end("trees of step 1")
+    with pytest.raises(KeyError):  # whatever fails in the middle of it
+        second.follow({})
+    with first.deciding():
+        first.end("trees of step 2")
+    with pytest.raises(RuntimeError, match="rank 1 is in step 2 of drafting and rank 0 in step 1"):
+        second.follow({})
+
+
 @pytest.mark.parametrize("group", [None, SimpleNamespace(world_size=1)])
 def test_a_rank_alone_tells_nobody(group) -> None:
     ranks = Ranks(group)

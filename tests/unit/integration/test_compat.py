@@ -132,6 +132,7 @@ def engine(*, parallel=(), cache=(), scheduler=(), options=(), **changes) -> Sim
                 "pipeline_parallel_size": 1, "tensor_parallel_size": 1,
                 "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
                 "data_parallel_size": 1, "enable_dbo": False, "worker_cls": "auto",
+                "distributed_executor_backend": None,
                 **dict(parallel),
             }
         ),
@@ -290,6 +291,31 @@ def test_ranks_that_share_a_draft_model(size, given, head, fix) -> None:
     if fix is not None:
         assert f"draft_tensor_parallel_size = {given}" in problems[0]
         assert fix in problems[0]
+
+
+def test_engines_that_plan_alone_have_the_same_layers() -> None:
+    """Under external_launcher each rank plans its KV cache from its own layers."""
+    alike = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+    for given, draft, refused in ((1, "draft", 1), (2, "draft", 0), (None, None, 0)):
+        speculative = Speculative(draft_tensor_parallel_size=given)
+        config = engine(parallel=alike, speculative_config=speculative)
+        problems = compat.check_draft_parallel(config, draft)
+        assert len(problems) == refused
+        assert all("external_launcher" in one and "use 2" in one for one in problems)
+
+
+def test_heads_that_ranks_cannot_share() -> None:
+    draft = str(PAIR / "draft")
+    [problem] = compat.check_draft(draft, shipped(), 3)
+    assert "2 attention heads, which 3 ranks cannot share" in problem
+    for given, found in ((1, 0), (None, 0), (3, 1)):
+        config = engine(
+            parallel={"tensor_parallel_size": 3},
+            speculative_config=Speculative(draft_tensor_parallel_size=given),
+            options={"draft_model": draft},
+            model_config=shipped(),
+        )
+        assert len(compat.check_engine(config)) == found
 
 
 # -- the draft model -------------------------------------------------------------------------------
