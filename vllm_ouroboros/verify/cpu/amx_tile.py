@@ -107,7 +107,7 @@ def _product(groups: int, add: bool):
 def _multiplier(add: bool):
     wide, narrow = _product(4, add), _product(1, add)
 
-    @njit(cache=True)
+    @njit  # a closure: no process would find what another one keeps of it
     def multiply(left, depth, right, start, step, columns, out):
         width, stride = left.shape[1], out.shape[1]
         groups = (columns + LANES - 1) // LANES

@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_ouroboros.config import ConfigError
-from vllm_ouroboros.verify.cpu.attention_kernel import TREE_ATTENTION
+from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
+from vllm_ouroboros.verify.cpu.page_layouts import Amx, Vec
 from vllm_ouroboros.verify.cpu.tree_step import CPUTreeStep, TreeRowKV
 
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
@@ -171,10 +172,9 @@ def attend(
         for rows in (query, key, value)
     )
     out = torch.empty(q.shape)
-    kernel = TREE_ATTENTION["amx" if isa == "amx" else "vec"]
-    kernel(
-        q, pages.view(bits).numpy(), table, tree.contexts, tree.starts, k, v, tree.mask,
-        np.float32(scale), window, np.float32(soft_cap), out.numpy(),
+    tree_attention(
+        Amx() if isa == "amx" else Vec(), q, pages.view(bits).numpy(), table, tree.contexts,
+        tree.starts, k, v, tree.mask, np.float32(scale), window, np.float32(soft_cap), out.numpy(),
     )  # fmt: skip
     return out
 

@@ -15,14 +15,8 @@ import numpy as np
 from numba import njit, prange
 from numba.np.ufunc import parallel
 
-from vllm_ouroboros.verify.cpu import amx_tile, matmul_tile
-from vllm_ouroboros.verify.cpu.amx_tile import (
-    add_amx_product,
-    begin_tiles,
-    end_tiles,
-    set_amx_product,
-)
 from vllm_ouroboros.verify.cpu.matmul_tile import LANES, add_product
+from vllm_ouroboros.verify.cpu.page_layouts import begin, end, page_scores, page_values
 
 _UNSEEN = np.float32(-1e30)
 _LOG2_E = np.float32(math.log2(math.e))
@@ -103,181 +97,101 @@ def _weigh(scores, seen, power, power_bits, top, total, result):
         total[i] += added
 
 
-@njit(cache=True)
-def _vec_scores(bits, queries, n, scale, pages, page, block, seen, scores):
-    """Scores of a page whose keys are [D, block]."""
-    scores[:, : -(-seen // LANES) * LANES] = 0
-    add_product(queries, queries.shape[1], pages, page, block, seen, scores)
-
-
-@njit(cache=True)
-def _vec_values(scores, halves, n, seen, pages, at, block, result):
-    """Add the values of a page, [block, D], by the weights in ``scores``."""
-    add_product(scores, seen, pages, at, result.shape[1], result.shape[1], result)
-
-
 @njit(cache=True, fastmath=True)
-def _amx_scores(bits, queries, n, scale, pages, page, block, seen, scores):
-    """Scores of a page whose keys are [block / 16, D / 2, 16, 2]."""
-    dim = bits.shape[1]
-    set_amx_product(bits, dim, pages, page, 16 * dim, seen, scores)
+def _attend(
+    layout, query, pages, block, head, num_kv, blocks, context, new_keys, new_values, start,
+    mask, scale, window, soft_cap,
+):  # fmt: skip
+    """One request and KV head: [n, D] for rows [Q, group, D], heads of a row side by side."""
+    width, group, dim = query.shape
+    n, half = width * group, dim * block
+    bits = _whole(query, layout.tile)
+    queries = _scaled(bits, scale)
+    most = -(-max(block, width) // 32) * 32
+    scores = np.empty((len(queries), most), np.float32)
+    power_bits = np.empty(most, np.int32)
+    power = power_bits.view(np.float32)
+    top, total = np.full(n, _UNSEEN, np.float32), np.zeros(n, np.float32)
+    result = np.zeros((len(queries), dim), np.float32)
+
+    position = np.full(width, context - 1, np.int64)
+    for i in range(width):
+        for j in range(width):
+            position[i] += (mask[i, j >> 5] >> (j & 31)) & 1
+    first = 0  # slot that any row sees
+    if window > 0:
+        first = max(0, position.min() + 1 - window)
+    halves = begin(layout, len(queries), most)
+    for at in range(first // block * block, context, block):
+        seen = min(block, context - at)
+        page = (np.int64(blocks[at // block]) * num_kv + head) * 2 * half
+        page_scores(layout, bits, queries, n, scale, pages, page, block, seen, scores)
+        _cap(scores, seen, soft_cap)
+        if window > 0:
+            for i in range(n):
+                hidden = position[i // group] + 1 - window - at
+                scores[i, : max(0, min(seen, hidden))] = _UNSEEN
+        _weigh(scores, seen, power, power_bits, top, total, result)
+        page_values(layout, scores, halves, n, seen, pages, page + half, block, result)
+    end(layout)
+
+    keys, stride = _transpose(new_keys)
+    scores[:, :stride] = 0
+    add_product(queries, dim, keys, 0, stride, width, scores)
+    _cap(scores, width, soft_cap)
     for i in range(n):
-        row = scores[i]
-        for t in range(seen):
-            row[t] *= scale
-
-
-@njit(cache=True)
-def _amx_values(scores, halves, n, seen, pages, at, block, result):
-    """Add the values of a page, [D / 16, block / 2, 16, 2], by the weights in ``scores``."""
-    depth = -(-seen // 32) * 32
+        row = i // group
+        for j in range(width):
+            far = window > 0 and position[j] <= position[row] - window
+            if far or (mask[row, j >> 5] >> (j & 31)) & 1 == 0:
+                scores[i, j] = _UNSEEN
+    _weigh(scores, width, power, power_bits, top, total, result)
+    add_product(scores, width, new_values, start, num_kv * dim, dim, result)
     for i in range(n):
-        words, row = scores[i].view(np.uint32), halves[i]
-        for t in range(seen):  # to bfloat16, ties to even
-            word = words[t]
-            odd = (word >> np.uint32(16)) & np.uint32(1)
-            row[t] = np.uint16((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-        row[seen:depth] = 0
-    add_amx_product(halves, depth, pages, at, 16 * block, result.shape[1], result)
+        result[i] /= total[i]
+    return result[:n]
 
 
-@njit(cache=True)
-def _vec_begin(rows, most):
-    """Nothing: weights stay float32, and there are no tiles."""
-    return np.empty((0, 0), np.uint16)
+@njit(cache=True, parallel=True)
+def tree_attention(
+    layout, query, pages, table, contexts, starts, new_keys, new_values, mask, scale, window,
+    soft_cap, out,
+):  # fmt: skip
+    """Attention of tree rows over the paged context and, by mask, over each other.
 
-
-@njit(cache=True)
-def _vec_end():
-    """Nothing."""
-
-
-@njit(cache=True)
-def _amx_begin(rows, most):
-    """Configure the tiles; room for weights in bfloat16."""
-    begin_tiles()
-    return np.zeros((rows, most), np.uint16)
-
-
-@njit(cache=True)
-def _amx_end():
-    """Give the tiles back."""
-    end_tiles()
-
-
-def _attention(tile, page_scores, page_values, begin, end):
-    """The kernel for pages of one layout; compiled when it is first called.
+    As `kernels.reference.tree_attention`, with the pages of vLLM's CPU kernels. Elements come
+    as bits: uint16 of bfloat16 or uint32 of float32.
 
     Args:
-        tile: rows of a tile.
-        page_scores: writes the scores of a page.
-        page_values: adds the values of a page.
-        begin: called before the pages; gives ``page_values`` its room.
-        end: called behind them.
+        layout: `Vec` or `Amx`: of the pages.
+        query: bits [T, Hq, D]; D is a multiple of 16, of 32 with AMX.
+        pages: bits [num_blocks, Hkv, 2, D * block_size]: keys, then values; the block size is
+            a multiple of 16, of 32 with AMX.
+        table: int32 [R, max_blocks].
+        contexts: int64 [R], tokens of each request in the cache that were committed.
+        starts: int64 [R + 1], first row of each request.
+        new_keys: bits [T, Hkv, D], of the rows themselves.
+        new_values: the same.
+        mask: int32 [T, words]; bit j of row i is set when it sees row j of its request.
+        scale: float32, factor of the scores.
+        window: a row sees positions above its own less this; 0 or less: all.
+        soft_cap: float32, scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
+        out: float32 [T, Hq, D], written.
     """
-
-    @njit(cache=True, fastmath=True)
-    def attend(
-        query, pages, block, head, num_kv, blocks, context, new_keys, new_values, start, mask,
-        scale, window, soft_cap,
-    ):  # fmt: skip
-        """One request and KV head: [n, D] for rows [Q, group, D], heads of a row side by side."""
-        width, group, dim = query.shape
-        n, half = width * group, dim * block
-        bits = _whole(query, tile)
-        queries = _scaled(bits, scale)
-        most = -(-max(block, width) // 32) * 32
-        scores = np.empty((len(queries), most), np.float32)
-        power_bits = np.empty(most, np.int32)
-        power = power_bits.view(np.float32)
-        top, total = np.full(n, _UNSEEN, np.float32), np.zeros(n, np.float32)
-        result = np.zeros((len(queries), dim), np.float32)
-
-        position = np.full(width, context - 1, np.int64)
-        for i in range(width):
-            for j in range(width):
-                position[i] += (mask[i, j >> 5] >> (j & 31)) & 1
-        first = 0  # slot that any row sees
-        if window > 0:
-            first = max(0, position.min() + 1 - window)
-        halves = begin(len(queries), most)
-        for at in range(first // block * block, context, block):
-            seen = min(block, context - at)
-            page = (np.int64(blocks[at // block]) * num_kv + head) * 2 * half
-            page_scores(bits, queries, n, scale, pages, page, block, seen, scores)
-            _cap(scores, seen, soft_cap)
-            if window > 0:
-                for i in range(n):
-                    hidden = position[i // group] + 1 - window - at
-                    scores[i, : max(0, min(seen, hidden))] = _UNSEEN
-            _weigh(scores, seen, power, power_bits, top, total, result)
-            page_values(scores, halves, n, seen, pages, page + half, block, result)
-        end()
-
-        keys, stride = _transpose(new_keys)
-        scores[:, :stride] = 0
-        add_product(queries, dim, keys, 0, stride, width, scores)
-        _cap(scores, width, soft_cap)
-        for i in range(n):
-            row = i // group
-            for j in range(width):
-                far = window > 0 and position[j] <= position[row] - window
-                if far or (mask[row, j >> 5] >> (j & 31)) & 1 == 0:
-                    scores[i, j] = _UNSEEN
-        _weigh(scores, width, power, power_bits, top, total, result)
-        add_product(scores, width, new_values, start, num_kv * dim, dim, result)
-        for i in range(n):
-            result[i] /= total[i]
-        return result[:n]
-
-    @njit(cache=True, parallel=True)
-    def attention(
-        query, pages, table, contexts, starts, new_keys, new_values, mask, scale, window, soft_cap,
-        out,
-    ):  # fmt: skip
-        """Attention of tree rows over the paged context and, by mask, over each other.
-
-        As `kernels.reference.tree_attention`, with the pages of vLLM's CPU kernels. Elements come
-        as bits: uint16 of bfloat16 or uint32 of float32.
-
-        Args:
-            query: bits [T, Hq, D]; D is a multiple of 16, of 32 with AMX.
-            pages: bits [num_blocks, Hkv, 2, D * block_size]: keys, then values; the block size is
-                a multiple of 16, of 32 with AMX.
-            table: int32 [R, max_blocks].
-            contexts: int64 [R], tokens of each request in the cache that were committed.
-            starts: int64 [R + 1], first row of each request.
-            new_keys: bits [T, Hkv, D], of the rows themselves.
-            new_values: the same.
-            mask: int32 [T, words]; bit j of row i is set when it sees row j of its request.
-            scale: float32, factor of the scores.
-            window: a row sees positions above its own less this; 0 or less: all.
-            soft_cap: float32, scores become ``soft_cap * tanh(score / soft_cap)``; 0: they stay.
-            out: float32 [T, Hq, D], written.
-        """
-        _, num_kv, dim = new_keys.shape
-        group = query.shape[1] // num_kv
-        block = pages.shape[3] // dim
-        flat_pages, flat_values = pages.reshape(-1), new_values.reshape(-1)
-        for task in prange(contexts.shape[0] * num_kv):
-            r, head = task // num_kv, task % num_kv
-            rows = slice(starts[r], starts[r + 1])
-            heads = slice(head * group, (head + 1) * group)
-            result = attend(
-                query[rows, heads], flat_pages, block, head, num_kv, table[r], contexts[r],
-                new_keys[rows, head], flat_values, (starts[r] * num_kv + head) * dim, mask[rows],
-                scale, window, soft_cap,
-            )  # fmt: skip
-            out[rows, heads] = result.reshape(rows.stop - rows.start, group, dim)
-
-    return attention
-
-
-TREE_ATTENTION = {
-    "vec": _attention(matmul_tile.ROWS, _vec_scores, _vec_values, _vec_begin, _vec_end),
-    "amx": _attention(amx_tile.ROWS, _amx_scores, _amx_values, _amx_begin, _amx_end),
-}
-"""The kernel for each layout of pages."""
+    _, num_kv, dim = new_keys.shape
+    group = query.shape[1] // num_kv
+    block = pages.shape[3] // dim
+    flat_pages, flat_values = pages.reshape(-1), new_values.reshape(-1)
+    for task in prange(contexts.shape[0] * num_kv):
+        r, head = task // num_kv, task % num_kv
+        rows = slice(starts[r], starts[r + 1])
+        heads = slice(head * group, (head + 1) * group)
+        result = _attend(
+            layout, query[rows, heads], flat_pages, block, head, num_kv, table[r], contexts[r],
+            new_keys[rows, head], flat_values, (starts[r] * num_kv + head) * dim, mask[rows],
+            scale, window, soft_cap,
+        )  # fmt: skip
+        out[rows, heads] = result.reshape(rows.stop - rows.start, group, dim)
 
 
 def share_threads(count: int) -> bool:

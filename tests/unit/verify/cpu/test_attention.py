@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+
+from vllm_ouroboros.verify.cpu.attention import check_layout
 
 from ...helpers.attention_forward import Forward, chain, close, forwards, make_impl, random_tree
 
@@ -132,3 +136,51 @@ def test_the_kernel_runs_on_the_threads_of_torch_and_leaves_them() -> None:
     run = [sys.executable, "-P", "-c", THREADS]
     found = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
     assert found == (["True", "2", "2"] if found[0] == "True" else ["False", "1", "2"])
+
+
+COMPILED = """
+import torch
+from vllm_ouroboros.verify.cpu.attention import check_layout
+from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
+check_layout("vec", torch.float32, 32, 64)
+print(len(tree_attention.stats.cache_hits), len(tree_attention.stats.cache_misses))
+"""
+
+
+def test_a_process_finds_what_another_one_has_compiled() -> None:
+    """An engine would start a quarter of a minute later."""
+    check_layout("vec", torch.float32, 32, 64)
+    run = [sys.executable, "-P", "-c", COMPILED]
+    found = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines()[-1] == "1 0"
+
+
+AMX = """
+import numba, numpy as np
+from vllm_ouroboros.verify.cpu.attention_kernel import tree_attention
+from vllm_ouroboros.verify.cpu.page_layouts import Amx
+bits, places, exact = (lambda *shape, kind=k: np.zeros(shape, kind) for k in ("u2", "i8", "f4"))
+given = (
+    Amx(), bits(4, 2, 64), bits(2, 1, 2, 64 * 32), places(1, 1).astype("i4"), places(1), places(2),
+    bits(4, 1, 64), bits(4, 1, 64), places(4, 1).astype("i4"), np.float32(1), -1, np.float32(0),
+    exact(4, 2, 64),
+)
+tree_attention.compile(tuple(map(numba.typeof, given)))
+[code] = tree_attention.inspect_asm().values()
+print("tdpbf16ps" in code, "ldtilecfg" in code)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs LLVM's x86 part")
+def test_the_kernel_of_the_amx_layout_compiles_anywhere(tmp_path) -> None:
+    """On this CPU, too, which may not be able to run it."""
+    features = ["amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"]
+    settings = {
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": ",".join("+" + one for one in features),
+        "NUMBA_OPT": "0",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    run = [sys.executable, "-P", "-c", AMX]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **settings})
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
