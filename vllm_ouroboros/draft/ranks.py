@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
+logger = init_logger(f"vllm.{__name__}")
+
 _DONE, _FAILED = "done", "failed"
+
+
+class FirstRankFailed(RuntimeError):
+    """What a rank that follows says when the first one has failed."""
 
 
 class Ranks:
@@ -74,20 +82,38 @@ class Ranks:
             What it said at the end.
 
         Raises:
-            RuntimeError: it failed, or this rank left an earlier step before its end.
+            FirstRankFailed: it failed.
+            SystemExit: this rank failed. vLLM drops errors of ranks that answer nobody, and this
+                one would go on with other trees than the first; so its process ends, which vLLM
+                takes for the end of the engine.
         """
+        try:
+            return self._follow(orders)
+        except FirstRankFailed:
+            raise
+        except Exception as error:
+            logger.exception(
+                "Tensor-parallel rank %d failed while it drafted and ends the engine", self.rank
+            )
+            raise SystemExit(1) from error
+
+    @property
+    def rank(self) -> int:
+        """Of this process, in its group."""
+        return self._group.rank_in_group if self._group is not None else 0
+
+    def _follow(self, orders: Mapping[str, Callable[..., object]]) -> tuple[Any, ...]:
         assert self._group is not None
         self._step += 1
         while True:
             step, order, what = self._group.broadcast_object()
             if step != self._step:
                 raise RuntimeError(
-                    f"tensor-parallel rank {self._group.rank_in_group} is in step {self._step} of "
-                    f"drafting and rank 0 in step {step}: an earlier step failed on one of them, "
-                    "see its error; restart the engine"
+                    f"tensor-parallel rank {self.rank} is in step {self._step} of drafting and "
+                    f"rank 0 in step {step}: an earlier step failed on one of them, see its error"
                 )
             if order == _DONE:
                 return what
             if order == _FAILED:
-                raise RuntimeError(f"tensor-parallel rank 0 failed while it drafted: {what[0]}")
+                raise FirstRankFailed(f"tensor-parallel rank 0 failed while it drafted: {what[0]}")
             orders[order](*what)

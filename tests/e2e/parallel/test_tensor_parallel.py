@@ -13,6 +13,7 @@ import cloudpickle
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..adapters import ENGINE as WITH_ADAPTERS
 
@@ -118,3 +119,18 @@ def test_the_clock_of_another_rank_changes_nothing(engine, prompts, vanilla, too
     assert llm.collective_rpc(skew) == [0, 1]
     expected = tools.tokens_of(vanilla(prompts, GREEDY, **TWO))[:16]
     assert tools.tokens_of(tools.generate(llm, prompts[:16], GREEDY)) == expected
+
+
+def fail_next(worker) -> None:
+    """Let the second rank fail when it takes the next trees."""
+    drafter = worker.model_runner.drafter
+    if drafter.ranks.follows:
+        drafter.ranks._follow = lambda orders: 1 / 0
+
+
+def test_a_rank_that_fails_ends_the_engine(engine, prompts, tools):
+    """It would go on with other trees than the first rank; the last test, for that reason."""
+    _, llm = engine
+    llm.collective_rpc(fail_next)
+    with pytest.raises(EngineDeadError):
+        tools.generate(llm, prompts[:4], GREEDY)

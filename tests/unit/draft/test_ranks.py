@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_ouroboros.draft.ranks import Ranks
+from vllm_ouroboros.draft.ranks import FirstRankFailed, Ranks
 
 
 class Group:
@@ -48,21 +48,24 @@ def test_a_rank_that_fails_ends_the_others() -> None:
     first, second = pair()
     with pytest.raises(ValueError, match="a bad tree"), first.deciding():
         raise ValueError("a bad tree")
-    with pytest.raises(RuntimeError, match=r"rank 0 failed while it drafted.*a bad tree"):
+    with pytest.raises(FirstRankFailed, match=r"rank 0 failed while it drafted.*a bad tree"):
         second.follow({})
 
 
-def test_orders_of_a_step_that_a_rank_left_are_not_taken_for_anothers() -> None:
+def test_orders_of_a_step_that_a_rank_left_are_not_taken_for_anothers(caplog) -> None:
     first, second = pair()
     with first.deciding():
         first.tell("one")
         first.end("trees of step 1")
-    with pytest.raises(KeyError):  # whatever fails in the middle of it
+    with pytest.raises(SystemExit):  # whatever fails in the middle of it
         second.follow({})
+    assert "rank 1 failed while it drafted" in caplog.text
+    assert "KeyError: 'one'" in caplog.text
     with first.deciding():
         first.end("trees of step 2")
-    with pytest.raises(RuntimeError, match="rank 1 is in step 2 of drafting and rank 0 in step 1"):
+    with pytest.raises(SystemExit):
         second.follow({})
+    assert "rank 1 is in step 2 of drafting and rank 0 in step 1" in caplog.text
 
 
 @pytest.mark.parametrize("group", [None, SimpleNamespace(world_size=1)])
