@@ -80,6 +80,11 @@ class OuroborosConfig(BaseModel):
         config.check_budget(vllm_config.num_speculative_tokens)
         return config
 
+    @property
+    def usual_budget(self) -> int:
+        """Nodes of a tree that holds a whole chain and its suffixes."""
+        return self.draft_tokens + self.num_suffixes * self.phrase_len
+
     def check_budget(self, num_speculative_tokens: int) -> None:
         """Refuse a node budget that cannot hold a chain of fixed length."""
         if not self.adaptive and num_speculative_tokens < self.draft_tokens:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_ouroboros.cli.batch.command import batch
 from vllm_ouroboros.cli.bench.command import bench
 from vllm_ouroboros.cli.demo.command import demo
 from vllm_ouroboros.cli.doctor.command import doctor
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, bench, doctor, fetch):
+for command in (demo, bench, batch, doctor, fetch):
     app.command()(command)
 app.add_typer(pool)
 

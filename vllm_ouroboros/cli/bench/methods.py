@@ -192,7 +192,7 @@ def _ours(
             "pool holds; leave it out"
         )
     config = OuroborosConfig.parse(options)
-    budget = nodes or config.draft_tokens + config.num_suffixes * config.phrase_len
+    budget = nodes or config.usual_budget
     config.check_budget(budget)
     pool = "cold" if name == "lookahead" else name.rpartition("-")[2]
     if pool == "warm" and not missing and not others:

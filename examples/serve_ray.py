@@ -1,0 +1,84 @@
+"""Serve a model on a Ray cluster, Ouroboros on in every replica, behind one OpenAI address.
+
+    pip install 'vllm-ouroboros[ray]'
+    python examples/serve_ray.py --model TARGET --draft-model DRAFT --replicas 1-4
+
+On a cluster run it on any node, with ``--address auto``. It stays until it is interrupted. Replicas
+of one model may share a phrase pool: ``--ouroboros-config '{"pool_path": "/shared/pool"}'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vllm_ouroboros.cli.batch.engines import engine_arguments
+
+
+def llm_config(options: argparse.Namespace) -> Any:
+    """Ray Serve's configuration of one model."""
+    from ray.serve.llm import LLMConfig
+    from vllm.platforms import current_platform
+
+    target, engine = engine_arguments(
+        options.model, options.draft_model, json.loads(options.ouroboros_config),
+        json.loads(options.engine_args),
+    )  # fmt: skip
+    fewest, _, most = options.replicas.partition("-")
+    # Ray asks for a GPU for each rank unless it is told that there are none
+    on_cpu = {
+        "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
+        "runtime_env": {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
+    }
+    return LLMConfig(
+        model_loading_config={"model_id": options.name or target, "model_source": target},
+        engine_kwargs=engine,
+        log_engine_metrics=False,
+        deployment_config={
+            "autoscaling_config": {
+                "min_replicas": int(fewest),
+                "max_replicas": int(most or fewest),
+                # without it Ray Serve never adds a replica
+                "target_ongoing_requests": options.requests,
+                "upscale_delay_s": options.delay,
+                "look_back_period_s": max(1.0, options.delay),
+            },
+            # a replica that goes away answers first what it has begun
+            "graceful_shutdown_timeout_s": 600,
+            "health_check_timeout_s": 120,
+        },
+        **(on_cpu if current_platform.is_cpu() else {}),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="target: folder or hub id; default: the shipped one")
+    parser.add_argument("--draft-model", help="folder or hub id, or 'none' for phrases alone")
+    parser.add_argument("--name", help="what requests call the model; default: its path")
+    parser.add_argument("--ouroboros-config", default="{}", metavar="JSON")
+    parser.add_argument("--engine-args", default="{}", metavar="JSON", help="as of vllm.LLM")
+    parser.add_argument("--replicas", default="1", help="a number, or FEWEST-MOST")
+    parser.add_argument("--requests", type=float, default=32, help="that a replica should have")
+    parser.add_argument("--delay", type=float, default=30, help="seconds until a replica is added")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--address", help="of a Ray cluster; default: a new local one")
+    options = parser.parse_args()
+
+    import ray
+    from ray import serve
+    from ray.serve.llm import build_openai_app
+
+    ray.init(address=options.address)
+    serve.start(http_options={"host": options.host, "port": options.port})
+    app = build_openai_app({
+        "llm_configs": [llm_config(options)],
+        "ingress_deployment_config": {"autoscaling_config": {"min_replicas": 1}},
+    })  # fmt: skip
+    serve.run(app, blocking=True)
+
+
+if __name__ == "__main__":
+    main()

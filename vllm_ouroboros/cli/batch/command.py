@@ -1,0 +1,148 @@
+"""Options of ``vllm-ouroboros batch``; what it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_ouroboros.cli.shared import (
+    EXIT_DIFFERENT,
+    DraftOption,
+    PlainOption,
+    TargetOption,
+    VerboseOption,
+    fail,
+)
+
+
+def batch(
+    inputs: Annotated[list[Path], typer.Argument(help="Files of rows: .jsonl, .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="Answers: a .jsonl file, or a .parquet folder; goes on with it.")
+    ],
+    model: TargetOption = None,
+    draft_model: DraftOption = None,
+    ouroboros_config: Annotated[
+        str, typer.Option(help="JSON object as for vllm serve.", metavar="JSON")
+    ] = "{}",
+    engine_args: Annotated[
+        str,
+        typer.Option(
+            help='Arguments of every engine, such as {"tensor_parallel_size": 2}.', metavar="JSON"
+        ),
+    ] = "{}",
+    replicas: Annotated[
+        str, typer.Option(help="Engines: a number, or FEWEST-MOST, between which Ray scales.")
+    ] = "1",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows that an engine takes at a time; it works on two such.")
+    ] = 32,
+    sampling_params: Annotated[
+        str,
+        typer.Option(
+            help="Sampling parameters; a row's own come first. Default: greedy, max_tokens 256.",
+            metavar="JSON",
+        ),
+    ] = "{}",
+    id_column: Annotated[str, typer.Option(help="Where rows have their id.")] = "id",
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Answer rows again that are errors in --out.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster. Default: RAY_ADDRESS, or a new local one.")
+    ] = None,
+    plain: PlainOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer rows of files on a Ray cluster, Ouroboros on in every engine.
+
+    A row has a text "prompt" or chat "messages", and may have an "id" and "sampling_params".
+    Started again, the command answers what has no answer yet. A row that cannot be answered gets
+    an "error" and stops nothing.
+
+    Exit status: 0 when every row has an answer, 1 when some ended in an error, 2 on an error.
+    """
+    from vllm_ouroboros.cli.batch.engines import engine_arguments
+    from vllm_ouroboros.cli.batch.job import Job, Progress, connect, run
+    from vllm_ouroboros.cli.inputs import InputError
+
+    try:
+        target, engine = engine_arguments(
+            model, draft_model, _object(ouroboros_config, "--ouroboros-config"),
+            _object(engine_args, "--engine-args"),
+        )  # fmt: skip
+        job = Job(
+            tuple(inputs), out, target, engine, _bounds(replicas), batch_size,
+            _object(sampling_params, "--sampling-params"), id_column, retry_errors,
+        )  # fmt: skip
+        connect(address, verbose=verbose)
+        with _shown(plain) as progressed:
+            done: Progress = run(job, progressed)
+    except InputError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the answers so far are in {out}, the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(
+        f"{out}: {done.answered} answers and {done.failed} errors of {done.total} rows, "
+        f"{done.before} were there before"
+    )
+    raise typer.Exit(EXIT_DIFFERENT if done.failed else 0)
+
+
+def _object(text: str, option: str) -> dict[str, Any]:
+    from vllm_ouroboros.cli.inputs import InputError
+
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text}: is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{option} {text}: must be a JSON object")
+    return found
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    from vllm_ouroboros.cli.inputs import InputError
+
+    fewest, _, most = text.partition("-")
+    try:
+        bounds = int(fewest), int(most or fewest)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise InputError(f"--replicas {text}: must be a number such as 2, or bounds such as 1-4")
+    return bounds
+
+
+def _shown(plain: bool):
+    """A block with a function that shows progress."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    @contextmanager
+    def block():
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        console = Console(stderr=True, quiet=plain)
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("rows", total=None)
+
+            def show(done) -> None:
+                finished = done.before + done.answered + done.failed
+                what = f"rows, {done.failed} errors" if done.failed else "rows"
+                bar.update(task, completed=finished, total=done.total, description=what)
+
+            yield show
+
+    return block()
