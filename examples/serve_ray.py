@@ -34,6 +34,7 @@ def llm_config(options: argparse.Namespace) -> Any:
     return LLMConfig(
         model_loading_config={"model_id": options.name or target, "model_source": target},
         engine_kwargs=engine,
+        server_cls="vllm_ouroboros.cli.ray_server:ReplicaServer",
         log_engine_metrics=False,
         deployment_config={
             "autoscaling_config": {

@@ -11,12 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 from vllm import SamplingParams
 
 from ..servers import free_port, stop
@@ -138,6 +139,22 @@ def processes(title: str) -> list[psutil.Process]:
     ]
 
 
+def below(process: psutil.Process) -> list[psutil.Process]:
+    """Its children and theirs."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title_of(process: psutil.Process) -> str:
+    """What stands in its command line."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def wait_until(found: Callable[[], object], process: subprocess.Popen, log: Path, what: str):
     """What is found at last, while a process runs."""
     until = time.monotonic() + 240
@@ -173,14 +190,14 @@ def test_every_row_comes_out_once(cluster, asked, tmp_path) -> None:
 
     try:
         killed, _ = wait_until(both_answer, job, log, "no two engines")
-        below = killed.children(recursive=True)
+        engine = below(killed)
         assert len(answers()) < len(asked)
         killed.kill()
         assert job.wait(400) == 1, log.read_text(errors="replace")[-4000:]  # bad rows
     finally:
         job.kill()
-    psutil.wait_procs(below, 30)
-    assert not any(process.is_running() for process in below), "an engine outlived its replica"
+    psutil.wait_procs(engine, 30)
+    assert not any(process.is_running() for process in engine), "an engine outlived its replica"
     found = answers()
     assert Counter(row["id"] for row in found) == Counter(
         [*(row["id"] for row in good), "rows.jsonl:61", "long"]
@@ -194,7 +211,7 @@ def test_every_row_comes_out_once(cluster, asked, tmp_path) -> None:
 
 
 def test_serving_scales_without_loss(cluster, asked, tmp_path) -> None:
-    """From one replica to two under load."""
+    """From one replica to two under load; then the engine of one dies."""
     some = [one.prompt for one in asked[:24]]
     expected = [one.text for one in asked[:24]]
     port, log = free_port(), tmp_path / "log"
@@ -228,8 +245,8 @@ def test_serving_scales_without_loss(cluster, asked, tmp_path) -> None:
     def replicas() -> list[psutil.Process]:
         return [
             one
-            for one in processes("ServeReplica:default:LLMServer:tiny")
-            if any("VLLM::Worker" in " ".join(c.cmdline()) for c in one.children(recursive=True))
+            for one in processes("ReplicaServer:tiny")
+            if any("VLLM::Worker" in title_of(child) for child in below(one))
         ]
 
     try:
@@ -239,7 +256,24 @@ def test_serving_scales_without_loss(cluster, asked, tmp_path) -> None:
             while both < 2 and time.monotonic() < until:  # two rounds with both replicas
                 assert [*threads.map(ask, some)] == expected
                 both += len(replicas()) == 2
-        assert both == 2, "no second replica"
+            assert both == 2, "no second replica"
+            # what runs in a replica whose engine dies is lost, and nothing else
+            [engine] = [one for one in below(replicas()[0]) if "VLLM::Worker" in title_of(one)]
+            asked_for = count()
+
+            def attempt(i: int) -> str | Exception:
+                if next(asked_for) == 16:
+                    engine.kill()
+                try:
+                    return ask(some[i])
+                except APIStatusError as error:
+                    return error
+
+            order = [*range(24)] * 3
+            found = [*threads.map(attempt, order)]
+        lost = [one for one in found if not isinstance(one, str)]
+        assert len(lost) <= 8, f"{len(lost)} requests failed, of 8 at a time"
+        assert all(one in (expected[i], *lost) for i, one in zip(order, found, strict=True))
     finally:
         os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down
         try:
