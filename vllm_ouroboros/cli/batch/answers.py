@@ -43,7 +43,7 @@ class Answers:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else None
-                if row is not None and row.keys() < {"id", "error"}:
+                if row is not None and not row.keys() >= {"id", "error"}:
                     raise ValueError("no id")
             except (ValueError, AttributeError):
                 if number == len(lines):

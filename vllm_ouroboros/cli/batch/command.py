@@ -83,6 +83,12 @@ def batch(
             done: Progress = run(job, progressed)
     except InputError as error:
         fail(str(error))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        fail(
+            f"the engines ended: {lines[-1] if lines else repr(error)}; --verbose shows their "
+            f"logs, the same command goes on with {out}"
+        )
     except KeyboardInterrupt:
         typer.echo(f"stopped; the answers so far are in {out}, the same command goes on", err=True)
         raise typer.Exit(130) from None

@@ -161,7 +161,7 @@ def _parts(rows: Rows, most: int) -> Iterator[Rows]:
 
 
 def _offsets(path: str, every: int) -> list[int]:
-    """Bytes at which each so-manieth line begins."""
+    """Bytes at which line 0 begins, line ``every``, and so on."""
     found, offset = [], 0
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines):
