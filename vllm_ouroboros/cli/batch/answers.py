@@ -13,6 +13,8 @@ from vllm_ouroboros.phrases.shared_file import replace
 
 PART_ROWS, PART_SECONDS = 1000, 60.0
 """A Parquet part is written after so many rows or seconds."""
+BEGIN = b'{"id": "'
+"""Of every line."""
 
 
 class Answers:
@@ -46,8 +48,8 @@ class Answers:
                 if row is not None and not row.keys() >= {"id", "error"}:
                     raise ValueError("no id")
             except (ValueError, AttributeError):
-                if number == len(lines):
-                    return
+                if number == len(lines) and BEGIN.startswith(line[: len(BEGIN)]):
+                    return  # it was cut off
                 raise InputError(
                     f"--out {self.path}: line {number} is no answer; name another file"
                 ) from None

@@ -17,6 +17,7 @@ from vllm_ouroboros.cli.batch.answers import open_answers
 from vllm_ouroboros.cli.batch.requests import ERROR, KEYS, Requests, sampling
 from vllm_ouroboros.cli.batch.rows import Rows, find, read
 from vllm_ouroboros.cli.inputs import InputError
+from vllm_ouroboros.phrases.shared_file import locked
 
 ENGINES = "vLLMEngineStage"
 BATCHES_AT_ONCE = 2
@@ -76,6 +77,16 @@ def run(job: Job, progressed: Callable[[Progress], object] = lambda _: None) -> 
         Exception: Ray's, if no engine can be had.
     """
     defaults = _defaults(job.sampling)
+    if not job.out.resolve().parent.is_dir():
+        raise InputError(f"--out {job.out}: its folder does not exist")
+    try:
+        with locked(job.out, timeout_s=1):
+            return _run(job, defaults, progressed)
+    except TimeoutError:
+        raise InputError(f"--out {job.out}: another batch is writing to it") from None
+
+
+def _run(job: Job, defaults: dict[str, Any], progressed: Callable[[Progress], object]) -> Progress:
     answers = open_answers(job.out, retry=job.retry_errors)
     try:
         before = len(answers.finished)

@@ -45,10 +45,11 @@ def test_a_later_run_goes_on(tmp_path: Path, monkeypatch, name: str) -> None:
     assert all(one["error"] is None for one in rows_of(path))
 
 
-def test_a_line_that_was_cut_off_is_answered_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [1, 6, 20])
+def test_a_line_that_was_cut_off_is_answered_again(tmp_path: Path, left: int) -> None:
     path = tmp_path / "answers.jsonl"
     whole = json.dumps(row("a")) + "\n"
-    path.write_text(whole + json.dumps(row("b"))[:20])
+    path.write_text(whole + json.dumps(row("b"))[:left])
     answers = open_answers(path)
     assert answers.finished == {"a"}
     answers.add(row("b"))
@@ -56,12 +57,13 @@ def test_a_line_that_was_cut_off_is_answered_again(tmp_path: Path) -> None:
     assert rows_of(path) == [row("a"), row("b")]
 
 
-def test_a_file_of_something_else_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"prompt": "x"}\n{"prompt": "y"}\n', '{"prompt": "x"}', "notes"])
+def test_a_file_of_something_else_stays(tmp_path: Path, text: str) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    path.write_text(text)
     with pytest.raises(InputError, match="line 1 is no answer"):
         open_answers(path)
-    assert path.read_text() == '{"prompt": "x"}\n{"prompt": "y"}\n'
+    assert path.read_text() == text
 
 
 def test_paths_that_cannot_hold_answers(tmp_path: Path) -> None:

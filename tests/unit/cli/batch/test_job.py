@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_ouroboros.cli.batch.job import Job, Progress, processor_config, run
 from vllm_ouroboros.cli.batch.requests import ERROR
 from vllm_ouroboros.cli.batch.rows import read
 from vllm_ouroboros.cli.inputs import DRAFT, TARGET, InputError
+from vllm_ouroboros.phrases.shared_file import locked
 
 from ...helpers import cli_fakes
 
@@ -92,6 +94,14 @@ def test_engines_have_ouroboros_on() -> None:
     assert (config.concurrency, config.batch_size) == ((1, 4), 8)
     assert config.placement_group_config["bundle_per_worker"] == {"CPU": 2, "GPU": 0}
     assert config.should_continue_on_error
+
+
+def test_two_batches_do_not_write_one_file(tmp_path: Path, asked) -> None:
+    with locked(tmp_path / "out.jsonl", 1), pytest.raises(InputError, match="another batch"):
+        run(job(tmp_path))
+    with pytest.raises(InputError, match="folder does not exist"):
+        run(replace(job(tmp_path), out=tmp_path / "nowhere" / "out.jsonl"))
+    assert asked == []
 
 
 @pytest.mark.parametrize(
