@@ -251,7 +251,7 @@ def check_draft(draft: str, target: ModelConfig, parts: int = 1) -> list[str]:
             f"{target.model!r} one of {target.get_vocab_size()}: both must share one tokenizer"
         ]
     problems = _compare_tokenizers(key, local, Path(target.tokenizer))
-    heads = model.hf_text_config.num_attention_heads
+    heads = getattr(model.hf_text_config, "num_attention_heads", 0)
     if heads % parts:
         problems.append(
             f"{key} has {heads} attention heads, which {parts} ranks cannot share: use "
