@@ -54,10 +54,12 @@ $(DEMO)/target/config.json: $(STAMP) $(wildcard scripts/inflate/*.py)
 demo-pair: $(DEMO)/target/config.json  ## the same with the shipped pair of tiny code models
 	$(BIN)/vllm-ouroboros demo --model $(DEMO)/target --draft-model $(DEMO)/draft
 
-# The shipped models are files of the package: no test needs a network.
+# The shipped models are files of the package: no test needs a network. Files run in their order,
+# end-to-end tests first: the small ones at the end keep all processes busy.
 test: $(STAMP)  ## run every test (unit, kernels, e2e on the CPU)
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 \
-	    $(BIN)/pytest --import-mode=importlib -n $(JOBS) --dist loadfile tests $(PYTEST_ARGS)
+	    $(BIN)/pytest --import-mode=importlib -n $(JOBS) --dist loadfile \
+	    --no-loadscope-reorder tests $(PYTEST_ARGS)
 
 quality: $(STAMP)  ## formatter, linter, types and the direction of imports
 	$(BIN)/ruff format --check .
