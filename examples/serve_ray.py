@@ -10,27 +10,22 @@ of one model may share a phrase pool: ``--ouroboros-config '{"pool_path": "/shar
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from vllm_ouroboros.cli.batch.engines import engine_arguments
+from vllm_ouroboros.cli.batch.engines import engine_arguments, ray_options, replica_bounds
+from vllm_ouroboros.cli.inputs import json_object
 
 
 def llm_config(options: argparse.Namespace) -> Any:
     """Ray Serve's configuration of one model."""
     from ray.serve.llm import LLMConfig
-    from vllm.platforms import current_platform
 
     target, engine = engine_arguments(
-        options.model, options.draft_model, json.loads(options.ouroboros_config),
-        json.loads(options.engine_args),
+        options.model, options.draft_model,
+        json_object(options.ouroboros_config, "--ouroboros-config", '{"phrase_len": 8}'),
+        json_object(options.engine_args, "--engine-args", '{"tensor_parallel_size": 2}'),
     )  # fmt: skip
-    fewest, _, most = options.replicas.partition("-")
-    # Ray asks for a GPU for each rank unless it is told that there are none
-    on_cpu = {
-        "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
-        "runtime_env": {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
-    }
+    fewest, most = replica_bounds(options.replicas)
     return LLMConfig(
         model_loading_config={"model_id": options.name or target, "model_source": target},
         engine_kwargs=engine,
@@ -38,8 +33,8 @@ def llm_config(options: argparse.Namespace) -> Any:
         log_engine_metrics=False,
         deployment_config={
             "autoscaling_config": {
-                "min_replicas": int(fewest),
-                "max_replicas": int(most or fewest),
+                "min_replicas": fewest,
+                "max_replicas": most,
                 # without it Ray Serve never adds a replica
                 "target_ongoing_requests": options.requests,
                 "upscale_delay_s": options.delay,
@@ -49,7 +44,7 @@ def llm_config(options: argparse.Namespace) -> Any:
             "graceful_shutdown_timeout_s": 600,
             "health_check_timeout_s": 120,
         },
-        **(on_cpu if current_platform.is_cpu() else {}),
+        **ray_options(),
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import vllm_ouroboros
 
@@ -63,6 +66,41 @@ def check_writable(path: Path, option: str) -> Path:
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise InputError(f"{option} {path}: is a folder or in none that exists; pass a file's path")
     return path
+
+
+def json_object(text: str, option: str, example: str) -> dict[str, Any]:
+    """The object of an option that takes JSON.
+
+    Raises:
+        InputError: it is something else; the message names ``option`` and an ``example``.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text}: is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{option} {text}: must be a JSON object such as {example}")
+    return found
+
+
+def check_files(files: Sequence[Path], what: str, kinds: Sequence[str]) -> None:
+    """Whether files are there, and of kinds that can be read here, before any work.
+
+    Args:
+        files: by their paths.
+        what: they are, for the message.
+        kinds: endings.
+
+    Raises:
+        InputError: one is not.
+    """
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{what} {file}: no such file")
+        if file.suffix not in kinds:
+            raise InputError(f"{what} {file}: is none of {', '.join(kinds)}")
+        if file.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise InputError(f"{what} {file}: pip install pyarrow to read it")
 
 
 def read_prompts(file: Path, option: str) -> tuple[str, ...]:

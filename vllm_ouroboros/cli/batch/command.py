@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,18 +64,18 @@ def batch(
 
     Exit status: 0 when every row has an answer, 1 when some ended in an error, 2 on an error.
     """
-    from vllm_ouroboros.cli.batch.engines import engine_arguments
+    from vllm_ouroboros.cli.batch.engines import engine_arguments, replica_bounds
     from vllm_ouroboros.cli.batch.job import Job, Progress, connect, run
-    from vllm_ouroboros.cli.inputs import InputError
+    from vllm_ouroboros.cli.inputs import InputError, json_object
 
     try:
-        target, engine = engine_arguments(
-            model, draft_model, _object(ouroboros_config, "--ouroboros-config"),
-            _object(engine_args, "--engine-args"),
-        )  # fmt: skip
+        config = json_object(ouroboros_config, "--ouroboros-config", '{"phrase_len": 8}')
+        arguments = json_object(engine_args, "--engine-args", '{"max_model_len": 4096}')
+        sampling = json_object(sampling_params, "--sampling-params", '{"max_tokens": 64}')
+        target, engine = engine_arguments(model, draft_model, config, arguments)
         job = Job(
-            tuple(inputs), out, target, engine, _bounds(replicas), batch_size,
-            _object(sampling_params, "--sampling-params"), id_column, retry_errors,
+            tuple(inputs), out, target, engine, replica_bounds(replicas), batch_size,
+            sampling, id_column, retry_errors,
         )  # fmt: skip
         connect(address, verbose=verbose)
         with _shown(plain) as progressed:
@@ -97,31 +96,6 @@ def batch(
         f"{done.before} were there before"
     )
     raise typer.Exit(EXIT_DIFFERENT if done.failed else 0)
-
-
-def _object(text: str, option: str) -> dict[str, Any]:
-    from vllm_ouroboros.cli.inputs import InputError
-
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{option} {text}: is no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{option} {text}: must be a JSON object")
-    return found
-
-
-def _bounds(text: str) -> tuple[int, int]:
-    from vllm_ouroboros.cli.inputs import InputError
-
-    fewest, _, most = text.partition("-")
-    try:
-        bounds = int(fewest), int(most or fewest)
-    except ValueError:
-        bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise InputError(f"--replicas {text}: must be a number such as 2, or bounds such as 1-4")
-    return bounds
 
 
 def _shown(plain: bool):

@@ -10,6 +10,39 @@ from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig
 OURS = ("model", "speculative_config", "additional_config")
 
 
+def ray_options(cores: float = 1) -> dict[str, Any]:
+    """What Ray is told of engines on this platform; it gives each rank a GPU unless told otherwise.
+
+    Args:
+        cores: of a rank where there are no accelerators.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    return {
+        "placement_group_config": {"bundle_per_worker": {"CPU": cores}},
+        # each engine by itself would take the same cores
+        "runtime_env": {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
+    }
+
+
+def replica_bounds(text: str) -> tuple[int, int]:
+    """Fewest and most replicas of an option such as 2 or 1-4.
+
+    Raises:
+        InputError: it is something else.
+    """
+    fewest, _, most = text.partition("-")
+    try:
+        bounds = int(fewest), int(most or fewest)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise InputError(f"--replicas {text}: must be a number such as 2, or bounds such as 1-4")
+    return bounds
+
+
 def engine_arguments(
     model: str | None, draft_model: str | None, config: dict[str, Any], given: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:

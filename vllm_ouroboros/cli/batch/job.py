@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_ouroboros.cli.batch.answers import open_answers
+from vllm_ouroboros.cli.batch.engines import ray_options
 from vllm_ouroboros.cli.batch.requests import ERROR, KEYS, Requests, sampling
 from vllm_ouroboros.cli.batch.rows import Rows, find, read
 from vllm_ouroboros.cli.inputs import InputError
@@ -181,13 +182,7 @@ def _answers(job: Job, pieces: list[Rows], defaults: dict[str, Any]):
 def processor_config(job: Job) -> Any:
     """Ray Data's configuration of the engines of a job."""
     from ray.data.llm import vLLMEngineProcessorConfig
-    from vllm.platforms import current_platform
 
-    on_cpu = {
-        "placement_group_config": {"bundle_per_worker": {"CPU": job.cores}},
-        # each engine by itself would take the same cores
-        "runtime_env": {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
-    }
     return vLLMEngineProcessorConfig(
         model_source=job.model,
         engine_kwargs={"distributed_executor_backend": "mp", **job.engine},
@@ -200,7 +195,7 @@ def processor_config(job: Job) -> Any:
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
-        **(on_cpu if current_platform.is_cpu() else {}),
+        **ray_options(job.cores),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ouroboros.cli.inputs import InputError
+from vllm_ouroboros.cli.inputs import InputError, check_files
 
 KINDS = (".jsonl", ".parquet")
 
@@ -51,21 +52,29 @@ def find(
     Raises:
         InputError: a file is missing or of another kind, or two rows have one id.
     """
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"input {file}: no such file")
-        if file.suffix not in KINDS:
-            raise InputError(f"input {file}: is none of {', '.join(KINDS)}")
-    whole = [rows for file in files for rows in _of_file(file.resolve(), id_column)]
-    seen: dict[str, str] = {}
-    for rows in whole:
-        for one in rows.ids:
-            if one is not None and seen.setdefault(one, rows.path) != rows.path:
-                raise InputError(f"id {one!r} stands in {seen[one]} and in {rows.path}: name files "
-                                 "whose ids differ, or another --id-column")  # fmt: skip
-    wanted = [_without(rows, finished) for rows in whole]
-    most = at_once(sum(rows.wanted for rows in wanted))
-    return [part for rows in wanted for part in _parts(rows, most) if part.wanted]
+    check_files(files, "input", KINDS)
+    seen: dict[str, tuple[str, int]] = {}
+    found = [part for file in files for part in _of_file(file.resolve(), id_column)]
+    for part in found:
+        for number, one in enumerate(part.ids, part.first):
+            if one in seen:
+                path, other = seen[one]
+                raise InputError(
+                    f"id {one!r} stands in row {other} of {path} and in row {number} of "
+                    f"{part.path}: ids tell rows apart, change one, leave out a file, or name "
+                    "another --id-column"
+                )
+            if one is not None:
+                seen[one] = part.path, number
+    for part in found:
+        part.ids = [None if one in finished else one for one in part.ids]
+    most = at_once(sum(one is not None for part in found for one in part.ids))
+    pieces = [
+        Rows(part.path, part.starts[i], part.group, tuple(part.ids[i : i + most]))
+        for part in found
+        for i in range(0, len(part.ids), most)
+    ]
+    return [rows for rows in pieces if rows.wanted]
 
 
 def read(rows: Rows) -> Iterator[tuple[str, str]]:
@@ -92,26 +101,44 @@ def _parquet(rows: Rows) -> Iterator[str]:
         yield json.dumps(row, default=str)
 
 
-def _of_file(file: Path, id_column: str) -> Iterable[Rows]:
+@dataclass
+class _Part:
+    """All rows of a file, or of a group of one.
+
+    Attributes:
+        path: of the file.
+        group: of a Parquet file.
+        first: number of the first row, in the file.
+        ids: of each row; None: there is none, or nobody wants it.
+        starts: of each row, see `Rows`.
+    """
+
+    path: str
+    group: int
+    first: int
+    ids: list[str | None]
+    starts: Sequence[int]
+
+
+def _of_file(file: Path, id_column: str) -> Iterator[_Part]:
     if file.suffix == ".parquet":
         yield from _groups(file, id_column)
         return
     ids: list[str | None] = []
-    seen: dict[str, int] = {}
+    starts = array("q")
+    start = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             ids.append(_id_of(line, id_column, f"{file.name}:{number}") if line.strip() else None)
-            _once(seen, ids[-1], number, file, "line")
-    yield Rows(str(file), 0, 0, tuple(ids))
+            starts.append(start)
+            start += len(line)
+    yield _Part(str(file), 0, 1, ids, starts)
 
 
-def _groups(file: Path, id_column: str) -> Iterator[Rows]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"input {file}: pip install pyarrow to read it") from None
-    seen: dict[str, int] = {}
-    number = 0
+def _groups(file: Path, id_column: str) -> Iterator[_Part]:
+    import pyarrow.parquet
+
+    first = 1
     with pyarrow.parquet.ParquetFile(file) as table:
         has_ids = id_column in table.schema_arrow.names
         for group in range(table.num_row_groups):
@@ -119,12 +146,12 @@ def _groups(file: Path, id_column: str) -> Iterator[Rows]:
             given: list[Any] = [None] * count
             if has_ids:
                 given = table.read_row_group(group, columns=[id_column])[id_column].to_pylist()
-            ids = []
-            for one in given:
-                number += 1
-                ids.append(f"{file.name}:{number}" if one is None else str(one))
-                _once(seen, ids[-1], number, file, "row")
-            yield Rows(str(file), 0, group, tuple(ids))
+            ids: list[str | None] = [
+                f"{file.name}:{number}" if one is None else str(one)
+                for number, one in enumerate(given, first)
+            ]
+            yield _Part(str(file), group, first, ids, range(count))
+            first += count
 
 
 def _id_of(line: bytes, id_column: str, place: str) -> str:
@@ -134,38 +161,3 @@ def _id_of(line: bytes, id_column: str, place: str) -> str:
         return place
     given = row.get(id_column) if isinstance(row, dict) else None
     return place if given is None else str(given)
-
-
-def _once(seen: dict[str, int], one: str | None, number: int, file: Path, kind: str) -> None:
-    if one is not None and (first := seen.setdefault(one, number)) != number:
-        raise InputError(
-            f"input {file}: {kind}s {first} and {number} have the id {one!r}: ids tell rows apart, "
-            "change one or name another --id-column"
-        )
-
-
-def _without(rows: Rows, finished: Collection[str]) -> Rows:
-    ids = tuple(None if one in finished else one for one in rows.ids)
-    return Rows(rows.path, rows.start, rows.group, ids)
-
-
-def _parts(rows: Rows, most: int) -> Iterator[Rows]:
-    """Rows in pieces of at most so many."""
-    starts = range(0, len(rows.ids), most)
-    if rows.path.endswith(".parquet"):
-        at: Iterable[int] = starts
-    else:
-        at = _offsets(rows.path, most)
-    for first, start in zip(starts, at, strict=True):
-        yield Rows(rows.path, start, rows.group, rows.ids[first : first + most])
-
-
-def _offsets(path: str, every: int) -> list[int]:
-    """Bytes at which line 0 begins, line ``every``, and so on."""
-    found, offset = [], 0
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines):
-            if number % every == 0:
-                found.append(offset)
-            offset += len(line)
-    return found

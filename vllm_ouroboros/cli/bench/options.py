@@ -19,6 +19,7 @@ from vllm_ouroboros.cli.inputs import (
     TARGET,
     InputError,
     check_writable,
+    json_object,
     model_reference,
     read_prompts,
     shipped_prompts,
@@ -111,7 +112,9 @@ def checked_plan(
             draft_tokens=_list(chosen["draft_tokens"], "--draft-tokens", _count, "3,5,8"),
             ngrams=_list(chosen["ngram"], "--ngram", _ngram, "2-4-5"),
             suffixes=_list(chosen["suffix"], "--suffix", _suffix, "1-0.1,2-0.2"),
-            configs=[_config(text) for text in configs],
+            configs=[
+                json_object(text, "--ouroboros-config", '{"draft_tokens": 8}') for text in configs
+            ],
             nodes=nodes,
             others=len(others),
         )
@@ -228,18 +231,6 @@ def _suffix(text: str) -> tuple[float, float]:
     if probability > 1:
         raise ValueError(f"{text!r} has a PROBABILITY above 1")
     return factor, probability
-
-
-def _config(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--ouroboros-config {text}: is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError(
-            f'--ouroboros-config {text}: must be a JSON object such as {{"draft_tokens": 8}}'
-        )
-    return found
 
 
 def _positions(model: str) -> int | None:

@@ -44,13 +44,13 @@ def build(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vllm_ouroboros.cli.inputs import InputError, check_writable
+    from vllm_ouroboros.cli.inputs import InputError, check_files, check_writable
     from vllm_ouroboros.cli.pool import corpus as texts
     from vllm_ouroboros.cli.pool.files import file_for, insert_texts, rows_of, save
     from vllm_ouroboros.phrases.pool import PhrasePool
 
     try:
-        texts.check(corpus)
+        check_files(corpus, "corpus", texts.KINDS)
         file, encode = file_for(check_writable(out, "--out"), tokenizer)
         pool = PhrasePool(capacity, guess_set_size, phrase_len)
         console = Console(stderr=True, quiet=plain)

@@ -16,29 +16,11 @@ PIECE = 2**20  # characters of a plain text that are read at once
 BATCH = 256  # rows of a Parquet file
 
 
-def check(files: list[Path]) -> None:
-    """Whether texts can be read from files, before any work.
-
-    Raises:
-        InputError: one is missing, or of a kind that nobody reads here.
-    """
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"corpus {file}: no such file")
-        if file.suffix not in KINDS:
-            raise InputError(f"corpus {file}: is none of {', '.join(KINDS)}")
-        if file.suffix == ".parquet":
-            try:
-                import pyarrow  # noqa: F401
-            except ImportError:
-                raise InputError(f"corpus {file}: pip install pyarrow to read it") from None
-
-
 def texts_of(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
     """Texts of a file, each with how many bytes of it were read for it, about.
 
     Args:
-        file: one that `check` takes.
+        file: one of `KINDS`.
         field: of rows; None: all of `FIELDS`.
 
     Raises:

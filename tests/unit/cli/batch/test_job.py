@@ -110,7 +110,7 @@ def test_two_batches_do_not_write_one_file(tmp_path: Path, asked) -> None:
         (["--replicas", "4-1"], "--replicas 4-1"),
         (["--replicas", "x"], "--replicas x"),
         (["--engine-args", "[]"], "--engine-args []: must be a JSON object"),
-        (["--engine-args", "{"], "--engine-args {: is no JSON"),
+        (["--engine-args", "{"], "--engine-args {: is not JSON"),
         (["--engine-args", '{"model": "x"}'], "model is said by --model"),
         (["--ouroboros-config", '{"phrase_len": 0}'], "ouroboros.phrase_len = 0"),
         (["--model", "nowhere"], "--model nowhere"),
