@@ -1,14 +1,20 @@
-"""Options of the proposer: ``additional_config["ouroboros"]``, validated at start-up."""
+"""Options of an engine, ``additional_config["ouroboros"]``, and of a request, its
+``extra_args["ouroboros"]``; both are checked where they come in.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
+KEY = "ouroboros"
+"""Of the options among those that others may have, of an engine and of a request."""
 PROPOSER = "vllm_ouroboros.OuroborosProposer"
 """What users pass as ``--speculative-model``."""
 
@@ -95,6 +101,51 @@ class OuroborosConfig(BaseModel):
             )
 
 
+class RequestOptions(BaseModel):
+    """What a request may ask for, in ``SamplingParams.extra_args["ouroboros"]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speculate: StrictBool = Field(True, description="whether anything is drafted for it")
+    learn: StrictBool = Field(True, description="whether its text becomes phrases of the pool")
+    scope: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="name of those whom it shares phrases with; null: everybody without one"
+    )
+    prediction: StrictStr | list[Annotated[StrictInt, Field(ge=0)]] | None = Field(
+        None, description="what it is expected to answer, as text or token ids: tried first"
+    )
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
+        """The options among ``extra_args``: an object, or one as JSON text (the OpenAI server takes
+        no objects in ``vllm_xargs``).
+
+        Raises:
+            ConfigError: one line for each wrong key, with the key and the value.
+        """
+        given = (extra_args or {}).get(KEY)
+        if given is None:
+            return DEFAULTS
+        options = given
+        if isinstance(given, str):
+            try:
+                options = json.loads(given)
+            except ValueError as error:
+                raise ConfigError(f"{KEY} = {given!r:.200}: no JSON ({error})") from None
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f'{KEY} = {given!r:.200}: pass a JSON object, for example {{"learn": false}}'
+            )
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            lines = dict.fromkeys(_explain(cls, one) for one in error.errors())
+            raise ConfigError("; ".join(lines)) from None
+
+
+DEFAULTS = RequestOptions.model_validate({})
+
+
 def is_ours(speculative_config: SpeculativeConfig | None) -> bool:
     """Whether a speculative config names our proposer."""
     return (
@@ -111,7 +162,9 @@ def is_selected(vllm_config: VllmConfig) -> bool:
 
 def _explain(cls: type[BaseModel], error: Any) -> str:
     """One line for one pydantic error."""
-    key = ".".join(str(part) for part in error["loc"]) or "?"
+    # of a union the location goes on with the type that was tried
+    parts = [part for part in error["loc"] if not str(part).startswith(("constrained", "list["))]
+    key = ".".join(str(part) for part in parts) or "?"
     if error["type"] == "extra_forbidden":
         return f"ouroboros.{key}: unknown key; known keys are {', '.join(cls.model_fields)}"
     bounds = cls.model_fields[key].metadata if key in cls.model_fields else []

@@ -133,6 +133,7 @@ class SimulatedEngine:
             num_speculative_tokens=nodes,
             model_config=SimpleNamespace(
                 max_model_len=MAX_LEN,
+                get_vocab_size=lambda: 2**31 - 1,
                 seed=0,
                 try_get_generation_config=lambda: {"eos_token_id": trace.eos},
                 hf_text_config=SimpleNamespace(to_dict=dict),

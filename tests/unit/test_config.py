@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
-from vllm_ouroboros.config import PROPOSER, ConfigError, OuroborosConfig, is_ours, is_selected
+from vllm_ouroboros.config import (
+    PROPOSER,
+    ConfigError,
+    OuroborosConfig,
+    RequestOptions,
+    is_ours,
+    is_selected,
+)
 
 BOUNDS = {
     "draft_tokens": (1, 64),
@@ -166,3 +174,50 @@ def test_the_proposer_can_be_imported_by_its_public_name() -> None:
     assert getattr(module, name).__name__ == "OuroborosProposer"
     with pytest.raises(AttributeError, match="nothing"):
         _ = module.nothing
+
+
+REQUESTS = [
+    {"speculate": False},
+    {"learn": False, "scope": "team"},
+    {"prediction": "x = 1\n"},
+    {"prediction": [1, 2, 3]},
+]
+
+
+def test_a_request_without_options() -> None:
+    for extra in (None, {}, {"other": 1}, {"ouroboros": {}}, {"ouroboros": "{}"}):
+        assert RequestOptions.of(extra) == RequestOptions()
+    assert all(f.description for f in RequestOptions.model_fields.values())
+
+
+@pytest.mark.parametrize("options", REQUESTS, ids=str)
+def test_options_of_a_request_as_an_object_or_as_text(options) -> None:
+    as_object = RequestOptions.of({"ouroboros": options})
+    assert as_object == RequestOptions.of({"ouroboros": json.dumps(options)})
+    assert as_object.model_dump(exclude_defaults=True) == options
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"speculat": False}, "ouroboros.speculat: unknown key"),
+        ({"speculate": 0}, "ouroboros.speculate = 0"),
+        ({"learn": "no"}, "ouroboros.learn = 'no'"),
+        ({"scope": ""}, "ouroboros.scope = ''"),
+        ({"scope": 3}, "ouroboros.scope = 3"),
+        ({"scope": "x" * 300}, "ouroboros.scope"),
+        ({"prediction": 3}, "ouroboros.prediction"),
+        ({"prediction": [1, -1]}, "ouroboros.prediction"),
+        ({"prediction": ["a"]}, "ouroboros.prediction"),
+        ([], "ouroboros = []"),
+        ("{", "ouroboros = '{': no JSON"),
+        ("3", "ouroboros = '3'"),
+        (3, "ouroboros = 3"),
+    ],
+    ids=str,
+)
+def test_wrong_options_of_a_request(options, named) -> None:
+    with pytest.raises(ConfigError) as error:
+        RequestOptions.of({"ouroboros": options})
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)

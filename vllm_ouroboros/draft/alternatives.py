@@ -44,6 +44,9 @@ class Choices:
         ids: see `top_alternatives`.
         at_once: whether to look for the alternatives of all rows now. A device answers once then;
             on the CPU it is less work to look where they are asked for.
+
+    Raises:
+        FloatingPointError: the logits of a row are no numbers.
     """
 
     def __init__(
@@ -55,9 +58,13 @@ class Choices:
         """The most probable token int64 of each of the first ``wanted`` rows."""
         if self._all is not None:
             self.tokens = self._all[0][:wanted, 0]
+            finite = bool(np.isfinite(self._all[1]).all())
         else:
             found = greedy(logits[:wanted])
+            finite = bool(logits[torch.arange(wanted), torch.from_numpy(found)].isfinite().all())
             self.tokens = found if ids is None else ids[found]
+        if not finite:
+            raise FloatingPointError("the draft model's logits are not finite")
 
     def alternatives(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`top_alternatives` of rows int64 [N]."""

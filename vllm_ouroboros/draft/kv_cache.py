@@ -52,6 +52,10 @@ class DraftCache:
         """There are so many blocks, and none of them has draft KV."""
         self._complete = np.zeros(blocks, np.bool_)
 
+    def forget(self) -> None:
+        """No block has sound draft KV."""
+        self._complete.fill(False)
+
     def capacity(self, runner: GPUModelRunner, row: int) -> int:
         """Positions of a request that have a draft KV slot."""
         table = runner.input_batch.block_table[self.draft.kv_cache_gid]

@@ -160,7 +160,8 @@ class DraftModel:
         """
         inputs = self._inputs(runner, rows, mask)
         self.ranks.tell("forward", *inputs)
-        return self.run(clock, runner, inputs)
+        with self.ranks.together():
+            return self.run(clock, runner, inputs)
 
     def _inputs(
         self, runner: GPUModelRunner, rows: ForwardRows, mask: np.ndarray | None
@@ -290,7 +291,8 @@ class DraftModel:
         ``short`` asks for those of `short_ids` alone, where there are such.
         """
         self.ranks.tell("logits", short)
-        return self.compute_logits(hidden, short=short)
+        with self.ranks.together():
+            return self.compute_logits(hidden, short=short)
 
     def compute_logits(self, hidden: torch.Tensor, *, short: bool = False) -> torch.Tensor:
         """This rank's part of `logits`."""

@@ -35,6 +35,8 @@ class Ranks:
     def __init__(self, group: GroupCoordinator | None = None) -> None:
         self._group = group if group is not None and group.world_size > 1 else None
         self._step = 0  # of `deciding` and `follow`, the same on all ranks
+        self.parted = False
+        """Whether this rank failed where the others went on: they wait for it for ever."""
 
     @classmethod
     def of_engine(cls) -> Ranks:
@@ -61,6 +63,15 @@ class Ranks:
             yield
         except BaseException as error:
             self.tell(_FAILED, repr(error))
+            raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks run at the same time."""
+        try:
+            yield
+        except Exception:
+            self.parted = self._group is not None
             raise
 
     def tell(self, order: str, *what: Any) -> None:

@@ -27,6 +27,10 @@ class Deferred:
         else:
             function(*args)
 
+    def drop(self) -> None:
+        """Leave out all calls that wait."""
+        self._calls = []
+
     def catch_up(self) -> None:
         """Make all calls that wait."""
         calls, self._calls = self._calls, []

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessor
 
 from vllm_ouroboros.config import OuroborosConfig
+from vllm_ouroboros.integration.request_options import predicted_tokens, received
 from vllm_ouroboros.phrases.idle_save import IdleSave
 from vllm_ouroboros.phrases.scopes import Scopes
 from vllm_ouroboros.trees.draft_tree import DraftTree
@@ -28,14 +30,30 @@ class Request:
 
     slot: int  # NO_SLOT while preempted
     scope: int  # whom it shares phrases with
+    learns: bool  # whether its text becomes phrases
     speculates: bool
     chain_only: bool  # a grammar follows its draft token by token: no branches
     sampling: RequestSampling
     max_tokens: int
+    prompt_len: int  # tokens
+    prediction: np.ndarray | None = None  # int32, what its sender expects it to say
     tree: DraftTree | None = None
     grown_tree: DraftTree | None = None  # what the policy cut it from
     phrase_tree: DraftTree | None = None  # what it would be without the draft model
+    probabilities: np.ndarray | None = None  # float64, of the nodes of the tree it was cut from
     origins: list[int] = field(default_factory=list)
+
+    def expects(self, tree: DraftTree) -> float | None:
+        """How many nodes of a verified tree the policy expected to be accepted; None: it made
+        another one.
+        """
+        if self.probabilities is None or tree.kinds is None:
+            return None
+        return float(self.probabilities[: len(tree.tokens)].sum())
+
+    def drop_drafts(self) -> None:
+        """Forget what was drafted for its present step."""
+        self.tree = self.grown_tree = self.phrase_tree = self.probabilities = None
 
 
 class LiveRequests:
@@ -101,6 +119,13 @@ class LiveRequests:
     def __getitem__(self, req_id: str) -> Request:
         return self._requests[req_id]
 
+    def drop_drafts(self, keep_kv: bool) -> None:
+        """Forget what was drafted for any of them; see `Drafting.drop_drafts`."""
+        for request in self._requests.values():
+            request.drop_drafts()
+        slots = [one.slot for one in self._requests.values() if one.slot != NO_SLOT]
+        self.drafting.drop_drafts(np.array(slots, np.int64), keep_kv)
+
     def __len__(self) -> int:
         return len(self._requests)
 
@@ -127,32 +152,42 @@ class LiveRequests:
             self._end(req_id)
         params = state.sampling_params
         assert params is not None
-        scope = 0
-        if self.per_request:
-            scope = self.scopes.new()
-        elif tenant is not None or state.lora_request is not None:
-            lora = state.lora_request
-            adapter = lora and (lora.lora_name, lora.lora_int_id)
-            scope = self.scopes.of((tenant, adapter))
+        options = received(params)
+        scope = self._scope(tenant, state, options.scope)
+        speculates = not self.opaque_processors and can_speculate(params)
         self._requests[req_id] = Request(
-            slot=self.drafting.add(scope),
+            slot=self.drafting.add(scope, options.learn),
             scope=scope,
-            speculates=not self.opaque_processors and can_speculate(params),
+            learns=options.learn,
+            speculates=speculates and options.speculate,
             chain_only=params.structured_outputs is not None,
             sampling=RequestSampling.of(
                 state, self.eos, self.custom_processors, self.device, self.seeds
             ),
             max_tokens=params.max_tokens or self.max_model_len,
+            prompt_len=state.num_prompt_tokens,
+            prediction=predicted_tokens(options),
         )
         self.resume(req_id, num_computed)
+
+    def _scope(self, tenant: str | None, state: CachedRequestState, name: str | None) -> int:
+        """Number of those whom a request shares phrases with."""
+        if self.per_request:
+            return self.scopes.new()
+        lora = state.lora_request
+        adapter = lora and (lora.lora_name, lora.lora_int_id)
+        whose = (tenant, adapter, name)
+        return self.scopes.of(whose) if whose != (None, None, None) else 0
 
     def resume(self, req_id: str, num_computed: int) -> None:
         """A request comes back from preemption with ``num_computed`` tokens cached."""
         request = self._requests[req_id]
         if request.slot == NO_SLOT:
-            request.slot = self.drafting.add(request.scope)
+            request.slot = self.drafting.add(request.scope, request.learns)
+        if request.prediction is not None:
+            self.drafting.predict(request.slot, request.prediction, request.prompt_len)
         # its slot may be another one
-        request.tree = request.grown_tree = request.phrase_tree = None
+        request.drop_drafts()
         cached = self.draft_prefix(req_id, num_computed) if num_computed else 0
         self.drafting.reset(request.slot, cached)
 
@@ -168,6 +203,10 @@ class LiveRequests:
             self._end(req_id)
             if self.idle_save is not None and not self._requests:
                 self.idle_save.idle()
+
+    def room(self, request: Request, length: int, prompt: int) -> int:
+        """Nodes that may be drafted for a text of so many tokens, behind a prompt of so many."""
+        return min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
 
     def tree_of(self, req_id: str, scheduled: list[int]) -> DraftTree | None:
         """The tree behind the flat tokens that the scheduler gives back.

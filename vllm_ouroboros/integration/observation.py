@@ -69,9 +69,11 @@ class Observation:
                 roots.append(int(token_ids[row, committed[request.slot] - 1]))
                 trees.append(found.tree)
                 predicted.append(found.predicted)
-                sources[: len(found.path)] = found.tree.sources[found.path].tolist()
-                counters.verified_nodes += len(found.tree.tokens)
-                counters.count_accepted(sources)
+                accepted = found.tree.sources[found.path].tolist()
+                sources[: len(accepted)] = accepted
+                counters.count_tree(
+                    found.tree.sources.tolist(), accepted, request.expects(found.tree)
+                )
             if policy is not None and request.grown_tree is not None:
                 text, size = np.array(tokens, np.int32), len(found.tree.tokens) if found else 0
                 self.deferred.call(
@@ -81,8 +83,17 @@ class Observation:
             if self.requests.tracing:
                 request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
-            request.tree = request.grown_tree = request.phrase_tree = None
+            request.drop_drafts()
         self.drafting.learn(slots, roots, trees, predicted)
+
+    def pass_by(self, runner: GPUModelRunner, emitted: list[list[int]]) -> None:
+        """Count a step whose drafts are forgotten, and learn nothing; arguments as for `learn`."""
+        for req_id, tokens in zip(runner.input_batch.req_ids, emitted, strict=False):
+            if tokens:
+                self.counters.steps += 1
+                self.counters.emitted_tokens += len(tokens)
+                if self.requests.tracing:
+                    self.requests[req_id].origins.extend([0] * len(tokens))
 
 
 def keep_features(head: DraftHead, requests: LiveRequests, runner: GPUModelRunner) -> None:

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ouroboros.config import ConfigError, is_ours, is_selected
+from vllm_ouroboros.config import KEY, ConfigError, is_ours, is_selected
 from vllm_ouroboros.integration.compat import SCHEDULER, check_engine, choose_attention, worker
+from vllm_ouroboros.integration.request_options import sendable
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,45 @@ def _wrap_validate_spec_decode(original: Any) -> Any:
     return _validate_spec_decode
 
 
+def _stat_loggers() -> type:
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    return StatLoggerManager
+
+
+def _wrap_stat_loggers(original: Any) -> Any:
+    @functools.wraps(original)
+    def __init__(self, vllm_config, engine_idxs=None, custom_stat_loggers=None, *args, **kwargs):
+        if is_selected(vllm_config):
+            from vllm_ouroboros.integration.stat_logger import stat_logger
+
+            custom_stat_loggers = [stat_logger(custom_stat_loggers), *(custom_stat_loggers or [])]
+        original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
+
+    return __init__
+
+
+def _input_processor() -> type:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return InputProcessor
+
+
+def _wrap_process_inputs(original: Any) -> Any:
+    @functools.wraps(original)
+    def process_inputs(self, request_id, prompt, params, *args, **kwargs):
+        known = getattr(params, "extra_args", None)
+        if not known or KEY not in known or not is_selected(self.vllm_config):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        chosen = sendable(known, self)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        own = request.sampling_params  # a copy of the caller's
+        own.extra_args = {**own.extra_args, **chosen}
+        return request
+
+    return process_inputs
+
+
 def _wrap_kernel_overrides(original: Any) -> Any:
     function = _function(original)
 
@@ -195,6 +235,24 @@ PATCHES = (
         why="min_p and logit_bias, which vLLM refuses with any speculative decoding",
         upstream="vllm.sampling_params.SamplingParams._validate_spec_decode",
         remove_when="vLLM asks the proposer what it can do",
+    ),
+    Patch(
+        owner=_input_processor,
+        name="process_inputs",
+        wrap=_wrap_process_inputs,
+        why="a request's options are checked, and a prediction becomes tokens, where a wrong one "
+        "is an answer of the server and not an error in the engine",
+        upstream="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+        remove_when="vLLM asks plugins to check extra_args",
+    ),
+    Patch(
+        owner=_stat_loggers,
+        name="__init__",
+        wrap=_wrap_stat_loggers,
+        why="metrics and a line of the log for engines that run with us, and for no others",
+        upstream="vllm.v1.metrics.loggers.StatLoggerManager.__init__",
+        remove_when="a plugin of the group vllm.stat_logger_plugins can decline an engine: today "
+        "one turns statistics on in every engine, also with --disable-log-stats",
     ),
     Patch(
         owner=_platform,

@@ -10,22 +10,22 @@ from vllm.logger import init_logger
 
 from vllm_ouroboros.config import ConfigError, OuroborosConfig
 from vllm_ouroboros.draft.head import DraftHead
-from vllm_ouroboros.draft.kv_cache import CatchUp
 from vllm_ouroboros.draft.model import DraftModel
 from vllm_ouroboros.draft.ranks import Ranks
 from vllm_ouroboros.draft.rounds import DraftRounds
-from vllm_ouroboros.heads.checkpoint import is_head
 from vllm_ouroboros.integration import step_trees
 from vllm_ouroboros.integration.deferred import Deferred
-from vllm_ouroboros.integration.live_requests import LiveRequests, Request
+from vllm_ouroboros.integration.draft_of_rank import draft_of_rank
+from vllm_ouroboros.integration.faults import Pause
+from vllm_ouroboros.integration.live_requests import LiveRequests
 from vllm_ouroboros.integration.observation import Observation, keep_features
-from vllm_ouroboros.integration.patches import one_rank
 from vllm_ouroboros.integration.persistence import Persistence
 from vllm_ouroboros.integration.stats import flat_stats
+from vllm_ouroboros.integration.step_requests import StepRequests
 from vllm_ouroboros.integration.step_trees import DraftBatch
-from vllm_ouroboros.metrics.counters import Counters
+from vllm_ouroboros.metrics.counters import Counters, Fault
+from vllm_ouroboros.metrics.exported import Exported
 from vllm_ouroboros.metrics.step_clock import StepClock
-from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.policy import acceptance_estimates
@@ -75,7 +75,7 @@ class OuroborosProposer:
         parallel = vllm_config.parallel_config
         self.ranks = Ranks.of_engine() if parallel.tensor_parallel_size > 1 else Ranks()
         if config.draft_model is not None and draft is None:
-            self._make_draft(config.draft_model, vllm_config)
+            self.draft = draft_of_rank(config.draft_model, vllm_config, self.ranks)
         head = self.draft if isinstance(self.draft, DraftHead) else None
         self.eos = eos_token_ids(vllm_config)
         self.drafting = Drafting(
@@ -86,6 +86,7 @@ class OuroborosProposer:
             num_suffixes=config.num_suffixes,
             window_size=0 if head else config.window_size,
             max_len=self.draft.max_len if self.draft else self.max_model_len,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
             stops=tuple(sorted(self.eos)),
             contexts=len(CONTEXTS) if config.adaptive else 1,
             keeps_chain_kv=head is None,
@@ -101,7 +102,9 @@ class OuroborosProposer:
         self.requests.on_release = self._release
         self.counters = Counters()
         self.observation = Observation(self.drafting, self.requests, self.counters, self.deferred)
+        self.pause = Pause(self.counters)
         self.clock = clock or StepClock()
+        self.exported = Exported(self.counters, self.clock, self.drafting, lambda: self.pause.lasts)
         self.rounds = None
         if self.draft is not None:
             self.rounds = DraftRounds(
@@ -112,19 +115,6 @@ class OuroborosProposer:
         self.policy: Policy | None = None  # with `adaptive`, once costs are measured
         self.forward_seconds = 0.0  # of the target's last forward
         self._runner: GPUModelRunner | None = None
-
-    def _make_draft(self, path: str, vllm_config: VllmConfig) -> None:
-        """The draft model or this rank's part of it, if it has one."""
-        kind = DraftHead if is_head(path) else DraftModel
-        several = self.ranks.leads or self.ranks.follows
-        whole = several and kind.is_whole(vllm_config)
-        if whole and self.ranks.follows:
-            return
-        self.draft = kind(path, vllm_config)
-        if whole:
-            self.draft.sharding = one_rank
-        elif several:
-            self.draft.ranks = self.ranks
 
     def bind(self, runner: GPUModelRunner, sampler: TokenSampler) -> None:
         """Tell the proposer which runner it drafts for, and how that runner samples."""
@@ -143,7 +133,7 @@ class OuroborosProposer:
             )
 
     def _release(self, slot: int) -> None:
-        self.deferred.catch_up()
+        self.catch_up()
         for forget in self._on_release:
             forget(slot)
 
@@ -174,6 +164,7 @@ class OuroborosProposer:
         if self.config.pool_path is not None and not self.ranks.follows:
             self.persistence = Persistence(self.drafting.pool, self.config.pool_path, model)
             self.requests.idle_save = self.persistence.idle_save
+            self.exported.file = self.persistence.file
 
     def propose(
         self,
@@ -197,21 +188,60 @@ class OuroborosProposer:
         del slot_mappings
         if self.ranks.follows:
             return self._follow()
-        runner = self.runner
+        given = sampled_token_ids, num_tokens_no_spec, token_ids_cpu
         with self.ranks.deciding(), self.clock.phase("propose"):
-            with self.clock.phase("learn"):
-                self.observation.learn(runner, sampled_token_ids, token_ids_cpu, self.policy)
-                if self.head is not None:
-                    keep_features(self.head, self.requests, runner)
-            drafts = self._propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
-            self._end_step(sampled_token_ids)
-            if self.persistence is not None:
-                self.deferred.call(self.persistence.save_if_due)
+            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            if self.pause.takes():
+                self.observation.pass_by(self.runner, sampled_token_ids)
+            else:
+                try:
+                    drafts = self._step(*given)
+                except Exception as error:
+                    self.recover(error)
             if self.ranks.leads:
-                batch = runner.input_batch.req_ids
+                batch = self.runner.input_batch.req_ids
                 self.ranks.end(*pack_trees([self.requests[req_id].tree for req_id in batch]))
         self.clock.end_step(len(drafts))
         return drafts
+
+    def _step(
+        self, emitted: list[list[int]], lengths: np.ndarray, token_ids: np.ndarray
+    ) -> list[list[int]]:
+        """Learn from a step and draft for the next one; arguments as for `propose`."""
+        with self.clock.phase("learn"):
+            self.observation.learn(self.runner, emitted, token_ids, self.policy)
+            if self.head is not None:
+                keep_features(self.head, self.requests, self.runner)
+        drafts = self._propose(emitted, lengths, token_ids)
+        self._end_step(emitted)
+        if self.persistence is not None:
+            self.deferred.call(self.persistence.save_if_due)
+        return drafts
+
+    def recover(self, error: Exception) -> None:
+        """After a fault: forget all drafts, and draft nothing for a while.
+
+        Raises:
+            Exception: the fault itself, where other ranks wait for ever.
+        """
+        if self.ranks.parted:
+            raise error
+        fault = self.pause.begin(error)
+        self.deferred.drop()
+        self.requests.drop_drafts(keep_kv=fault != Fault.NONFINITE)
+        if fault == Fault.NONFINITE and self.rounds is not None:
+            self.rounds.cache.forget()
+        if fault == Fault.POOL:
+            self.drafting.pool.clear()
+        if fault == Fault.MEMORY and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def catch_up(self) -> None:
+        """Do what no draft waits for; what fails costs speculation alone."""
+        try:
+            self.deferred.catch_up()
+        except Exception as error:
+            self.recover(error)
 
     def _follow(self) -> list[list[int]]:
         """The trees that the first rank drafts."""
@@ -243,69 +273,60 @@ class OuroborosProposer:
             self.policy.end_step(step, self.clock.now())
 
     def _propose(
-        self, sampled_token_ids: list[list[int]], lengths: np.ndarray, token_ids_cpu: np.ndarray
+        self, emitted: list[list[int]], lengths: np.ndarray, token_ids: np.ndarray
     ) -> list[list[int]]:
-        runner, batch = self.runner, self.runner.input_batch
-        prompts: list[CatchUp] = []
-        found: list[Request] = []
-        rows: list[int] = []
-        new: list[tuple[int, int, int]] = []  # slot, row and tokens of prompts
-        texts: list[tuple[int, int, int]] = []
-        sampled: dict[int, RequestSampling] = {}
-        for row, emitted in enumerate(sampled_token_ids):
-            req_id = batch.req_ids[row]
-            request = self.requests[req_id]
-            slot, length = request.slot, int(lengths[row])
-            if not emitted:
-                computed = int(batch.num_computed_tokens_cpu[row])
-                prompts.append(CatchUp(slot, row, computed + runner.scheduled_tokens[req_id]))
-                if self.policy is not None:
-                    self.policy.begin_step(slot, request.sampling.argmax_only)
-                continue
-            prompt = int(batch.num_prompt_tokens[row])
-            if self.drafting.state.in_pool[slot] == 0:
-                new.append((slot, row, length - len(emitted)))
-            texts.append((slot, row, length))
-            limit = min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
-            if request.speculates and limit > 0 and emitted[-1] not in request.sampling.stops:
-                capacity = self.rounds.cache.capacity(runner, row) if self.rounds else 0
-                self.drafting.start(slot, length, limit, capacity, request.chain_only)
-                found.append(request)
-                rows.append(row)
-                if self.policy is not None:
-                    self.policy.begin_step(slot, request.sampling.argmax_only)
-                if self.rounds is not None and not request.sampling.argmax_only:
-                    sampled[slot] = request.sampling.with_noise_copy()
-        for some, source in ((new, PhraseSource.PROMPT), (texts, PhraseSource.HISTORY)):
-            if some:
-                slots, where, ends = np.array(some, np.int64).T
-                self.drafting.commit(token_ids_cpu, slots, where, ends, source)
-        drafted = DraftBatch.of(found, rows, token_ids_cpu, len(sampled_token_ids))
-        phrases, expected_accepted = None, np.zeros(len(rows))
-        if self.policy is not None:
+        policy, rounds = self.policy, self.rounds
+        given = StepRequests.of(
+            self.runner, self.requests, self.drafting.state.in_pool, emitted, lengths
+        )
+        sampled = self._begin(given)
+        given.commit(self.drafting, token_ids)
+        drafted = DraftBatch.of(given.drafted, given.rows, token_ids, len(emitted))
+        phrases, expected_accepted = None, np.zeros(len(given.rows))
+        if policy is not None:
             with self.clock.phase("build"):
-                phrases = step_trees.phrase_trees(self.drafting, self.policy, drafted)
+                phrases = step_trees.phrase_trees(self.drafting, policy, drafted)
                 expected_accepted = phrases.expected_accepted
-        if self.rounds is not None:
-            self.rounds.run(
-                runner,
-                prompts,
-                drafted.slots,
-                drafted.rows,
-                token_ids_cpu,
-                sampled,
+        if rounds is not None:
+            rounds.run(
+                self.runner, given.prompts, drafted.slots, drafted.rows, token_ids, sampled,
                 expected_accepted,
-            )
+            )  # fmt: skip
         with self.clock.phase("build"):
-            if self.policy is not None and phrases is not None:
-                trees = step_trees.best_first_trees(self.drafting, self.policy, phrases, drafted)
+            if policy is not None and phrases is not None:
+                trees = step_trees.best_first_trees(self.drafting, policy, phrases, drafted)
             else:
                 trees = step_trees.fixed_trees(self.drafting, drafted)
-            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-            for request, row, tree in zip(found, rows, trees, strict=True):
+            self.drafting.check_trees(drafted.slots)
+            drafts: list[list[int]] = [[] for _ in emitted]
+            for request, row, tree in zip(given.drafted, given.rows, trees, strict=True):
                 request.tree = tree
                 drafts[row] = tree.tokens.tolist()
         return drafts
+
+    def _begin(self, given: StepRequests) -> dict[int, RequestSampling]:
+        """Begin the drafts of a step.
+
+        Returns:
+            How those sample that do, by slot, with noise that drafting may use up.
+        """
+        policy, rounds = self.policy, self.rounds
+        sampled: dict[int, RequestSampling] = {}
+        for request, row, length, limit in zip(
+            given.drafted, given.rows, given.lengths, given.limits, strict=True
+        ):
+            slot, sampling = request.slot, request.sampling
+            capacity = rounds.cache.capacity(self.runner, row) if rounds else 0
+            self.drafting.start(slot, length, limit, capacity, request.chain_only)
+            if policy is not None:
+                policy.begin_step(slot, sampling.argmax_only)
+            if rounds is not None and not sampling.argmax_only:
+                sampled[slot] = sampling.with_noise_copy()
+        if policy is not None:
+            for slot, row, _ in given.prompts:
+                of_row = self.requests[self.runner.input_batch.req_ids[row]]
+                policy.begin_step(slot, of_row.sampling.argmax_only)
+        return sampled
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the draft model, which the first request would otherwise wait for."""
@@ -314,13 +335,13 @@ class OuroborosProposer:
 
     def shut_down(self) -> None:
         """Save what should outlive the engine."""
-        self.deferred.catch_up()
+        self.catch_up()
         if self.persistence is not None:
             self.persistence.close()
 
     def reset_pool(self) -> None:
         """Forget all phrases; those in the file stay until the next save of new ones."""
-        self.deferred.catch_up()
+        self.catch_up()
         if self.requests.idle_save is not None:
             self.requests.idle_save.busy()
         self.drafting.pool.clear()
@@ -329,5 +350,5 @@ class OuroborosProposer:
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, flat."""
-        self.deferred.catch_up()
+        self.catch_up()
         return flat_stats(self.counters, self.drafting)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.sample import logits_processor
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.integration.stat_logger import attach
 from vllm_ouroboros.metrics.forward_timer import ForwardTimer, HostTimer
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.policy.forward_costs import Costs, measure
@@ -194,7 +196,7 @@ class TreeRunner(GPUModelRunner):
         with drafter.clock.model("target"), self.forward_timer:
             output = super()._model_forward(*args, **kwargs)
         with drafter.clock.model("overlapped"):
-            drafter.deferred.catch_up()
+            drafter.catch_up()
         self._observe_forward()
         if drafter.head is not None:
             self.hidden_states = output[0] if isinstance(output, tuple) else output
@@ -249,6 +251,12 @@ class TreeRunner(GPUModelRunner):
         self.drafter.warm_up(rows)
 
     # -- outputs -------------------------------------------------------------------------------
+
+    def sample_tokens(self, *args, **kwargs):
+        output = super().sample_tokens(*args, **kwargs)
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
+            attach(output, self.drafter.exported.read())
+        return output
 
     def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
         trees, req_ids = self.trees, self.input_batch.req_ids

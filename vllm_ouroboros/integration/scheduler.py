@@ -1,4 +1,4 @@
-"""vLLM's scheduler with KV slots reserved for the draft chain, and tenants made known."""
+"""vLLM's scheduler with KV slots reserved for the draft chain; tenants and figures pass it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ouroboros.config import OuroborosConfig
+from vllm_ouroboros.integration.stat_logger import Carrier
 
 
 class OuroborosScheduler(Scheduler):
@@ -17,6 +18,7 @@ class OuroborosScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._carrier = Carrier()
         config = OuroborosConfig.from_vllm(self.vllm_config)
         if config.draft_model is not None:
             self.num_lookahead_tokens = self.num_spec_tokens + 1
@@ -32,3 +34,14 @@ class OuroborosScheduler(Scheduler):
         for new in output.scheduled_new_reqs:
             new.cache_salt = self.requests[new.req_id].cache_salt
         return output
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        """As vLLM does; what the worker shows goes along with the statistics."""
+        self._carrier.take(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args, **kwargs):
+        """vLLM's statistics of a step, and ours."""
+        stats = super().make_stats(*args, **kwargs)
+        self._carrier.give(stats)
+        return stats

@@ -11,8 +11,8 @@ def flat_stats(counters: Counters, drafting: Drafting) -> dict[str, int]:
     pool = drafting.pool
     flat = counters.as_dict()
     flat["pool_phrases"] = len(pool)
-    flat["pool_hits"] = int(pool.arrays.hits[1])
-    flat["pool_lookups"] = int(pool.arrays.hits[0])
+    flat["pool_hits"] = int(pool.arrays.hits.sum())
+    flat["pool_lookups"] = int(pool.arrays.lookups[0])
     flat["pool_bytes"] = pool.bytes
     flat["tree_bytes"] = drafting.bytes
     for source, count in pool.inserted().items():

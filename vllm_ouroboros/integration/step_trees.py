@@ -76,8 +76,8 @@ def best_first_trees(
     for i, tree, p in zip(np.flatnonzero(drafted).tolist(), *with_draft, strict=True):
         batch.requests[i].phrase_tree = phrases.worth_verifying(i)
         trees[i], probabilities[i] = tree, p
-    for request, tree in zip(batch.requests, trees, strict=True):
-        request.grown_tree = tree
+    for request, tree, p in zip(batch.requests, trees, probabilities, strict=True):
+        request.grown_tree, request.probabilities = tree, p
     sizes = policy.tree_sizes(probabilities, batch.size)
     return [tree.prefix(n) for tree, n in zip(trees, sizes.tolist(), strict=True)]
 

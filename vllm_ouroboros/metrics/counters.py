@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 from vllm_ouroboros.trees.draft_tree import NodeSource
+
+
+class Fault(IntEnum):
+    """What may go wrong while drafting; none of it costs a request."""
+
+    EXCEPTION = 0
+    MEMORY = 1  # the draft model found none
+    NONFINITE = 2  # its logits are no numbers
+    POOL = 3  # the pool holds what it cannot hold
 
 
 @dataclass
@@ -14,18 +24,48 @@ class Counters:
     target_forwards: int = 0
     draft_forwards: int = 0
     steps: int = 0
+    steps_with_phrases: int = 0
+    steps_with_draft: int = 0
     emitted_tokens: int = 0
     accepted_tokens: int = 0
     accepted_from_draft: int = 0
     accepted_from_suffix: int = 0
+    accepted_from_prediction: int = 0
     verified_nodes: int = 0
+    expected_tokens: float = 0.0
+    accepted_as_expected: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)
+    """Verified trees by how many of their nodes were accepted."""
+    faults: list[int] = field(default_factory=lambda: [0] * len(Fault))
+    """By `Fault`."""
 
-    def count_accepted(self, sources: list[int]) -> None:
-        """Count the tokens of one step by `NodeSource`."""
-        self.accepted_from_draft += sources.count(NodeSource.DRAFT)
-        self.accepted_from_suffix += sources.count(NodeSource.SUFFIX)
-        self.accepted_tokens = self.accepted_from_draft + self.accepted_from_suffix
+    def count_tree(self, sources: list[int], accepted: list[int], expected: float | None) -> None:
+        """Count a verified tree.
+
+        Args:
+            sources: `NodeSource` of its nodes.
+            accepted: of those that were accepted.
+            expected: how many the policy expected to be accepted, if it cut this tree.
+        """
+        if NodeSource.DRAFT in sources:
+            self.steps_with_draft += 1
+        else:
+            self.steps_with_phrases += 1
+        self.verified_nodes += len(sources)
+        self.accepted_from_draft += accepted.count(NodeSource.DRAFT)
+        self.accepted_from_suffix += accepted.count(NodeSource.SUFFIX)
+        self.accepted_from_prediction += accepted.count(NodeSource.PREDICTION)
+        self.accepted_tokens += len(accepted)
+        if expected is not None:
+            self.expected_tokens += expected
+            self.accepted_as_expected += len(accepted)
+        missing = 1 + len(accepted) - len(self.accepted_lengths)
+        self.accepted_lengths.extend([0] * missing)
+        self.accepted_lengths[len(accepted)] += 1
 
     def as_dict(self) -> dict[str, int]:
-        """All counters by name."""
-        return asdict(self)
+        """All numbers by name, whole ones; of faults their sum."""
+        numbers = {name: value for name, value in vars(self).items() if not isinstance(value, list)}
+        return {name: round(value) for name, value in numbers.items()} | {
+            "faults": sum(self.faults)
+        }

@@ -19,6 +19,8 @@ class StepClock:
     def __init__(self, steps: int = 4096, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self.history: deque[dict[str, float]] = deque(maxlen=steps)
+        self.totals: dict[str, float] = {}
+        """Seconds by phase and model since the start."""
         self._current: dict[str, float] = {}
         self._model = 0.0
         self._last = now()
@@ -48,4 +50,6 @@ class StepClock:
         """Close the record of a step of ``batch`` requests; ``step`` is the time since the last."""
         end = self.now()
         self.history.append({"batch": batch, "step": end - self._last, **self._current})
+        for name, seconds in self._current.items():
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
         self._current, self._last = {}, end

@@ -17,6 +17,10 @@ class PhraseSource(IntEnum):
     HISTORY = 3
 
 
+class PoolFault(RuntimeError):
+    """A pool holds what it cannot hold."""
+
+
 class PoolArrays(NamedTuple):
     """State of a pool with S slots, G phrases a slot, β tokens a phrase."""
 
@@ -30,4 +34,6 @@ class PoolArrays(NamedTuple):
     owners: np.ndarray  # int32 [S, G], number of the request that wrote each last, or 0
     clock: np.ndarray  # int64 [1]
     inserted: np.ndarray  # int64 [4], insertions by PhraseSource
-    hits: np.ndarray  # int64 [2], lookups and those that found a phrase
+    faults: np.ndarray  # int64 [1], slots that were found to hold what they cannot
+    lookups: np.ndarray  # int64 [1]
+    hits: np.ndarray  # int64 [4], lookups that found phrases, by PhraseSource of the first

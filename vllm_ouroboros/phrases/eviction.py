@@ -25,17 +25,33 @@ def first_slot(num_slots, key):
     return np.int64(x % np.uint64(num_slots // WAYS)) * WAYS
 
 
+@njit(cache=True, inline="always")
+def _is_sound(pool, slot):
+    """Whether what a slot says of its phrases can be: compiled loops go by it unchecked."""
+    count, sound = pool.counts[slot], True
+    if count < 0 or count > pool.lengths.shape[1]:
+        return False
+    for g in range(count):
+        length, source = pool.lengths[slot, g], pool.sources[slot, g]
+        sound &= 0 < length <= pool.tokens.shape[2] and 0 <= source < pool.hits.shape[0]
+    return sound
+
+
 @njit(cache=True)
 def find(pool, scope, token):
     """Slot of a key, or -1. Marks the key as used."""
     key = (np.int64(scope) << 32) | np.int64(token)
     first = first_slot(pool.keys.shape[0], key)
-    pool.hits[0] += 1
+    pool.lookups[0] += 1
     for slot in range(first, first + WAYS):
         if pool.keys[slot] == key:
+            if not _is_sound(pool, slot):
+                pool.faults[0] += 1
+                return -1
             pool.clock[0] += 1
             pool.stamps[slot] = pool.clock[0]
-            pool.hits[1] += pool.counts[slot] > 0
+            if pool.counts[slot] > 0:
+                pool.hits[pool.sources[slot, 0]] += 1
             return slot
     return -1
 
@@ -52,6 +68,9 @@ def claim(pool, scope, token):
             break
         if pool.stamps[slot] < pool.stamps[oldest]:
             oldest = slot
+    if pool.keys[oldest] == key and not _is_sound(pool, oldest):
+        pool.faults[0] += 1
+        pool.counts[oldest] = 0
     if pool.keys[oldest] != key:
         pool.keys[oldest] = key
         pool.counts[oldest] = 0

@@ -97,14 +97,16 @@ def insert_text(pool, scope, text, fed, end, source, owner, contexts=1):
 
 
 @njit(cache=True)
-def insert_texts(pool, scopes, owners, fed, slots, texts, rows, ends, source, contexts):
+def insert_texts(pool, scopes, owners, learns, fed, slots, texts, rows, ends, source, contexts):
     """`insert_text` for some requests: up to ``ends`` int64 [R] tokens of their rows of ``texts``.
 
-    ``scopes``, ``owners`` and ``fed`` are by slot; ``fed`` is written.
+    ``scopes``, ``owners``, ``learns`` and ``fed`` are by slot; ``fed`` is written.
     """
     for r in range(slots.shape[0]):
         slot = slots[r]
-        insert_text(
-            pool, scopes[slot], texts[rows[r]], fed[slot], ends[r], source, owners[slot], contexts
-        )
+        if learns[slot]:
+            insert_text(
+                pool, scopes[slot], texts[rows[r]], fed[slot], ends[r], source, owners[slot],
+                contexts,
+            )  # fmt: skip
         fed[slot] = ends[r]

@@ -40,7 +40,9 @@ class PhrasePool:
             owners=np.full((slots, guess_set_size), 0, np.int32),
             clock=np.zeros(1, np.int64),
             inserted=np.zeros(len(PhraseSource), np.int64),
-            hits=np.zeros(2, np.int64),
+            faults=np.zeros(1, np.int64),
+            lookups=np.zeros(1, np.int64),
+            hits=np.zeros(len(PhraseSource), np.int64),
         )
 
     @property
@@ -83,3 +85,7 @@ class PhrasePool:
     def inserted(self) -> dict[str, int]:
         """Insertions by source since the start."""
         return {s.name.lower(): int(self.arrays.inserted[s]) for s in PhraseSource}
+
+    def hits(self) -> dict[str, int]:
+        """Lookups since the start that found phrases, by the source of the first of them."""
+        return {s.name.lower(): int(self.arrays.hits[s]) for s in PhraseSource}

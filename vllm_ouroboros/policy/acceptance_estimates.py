@@ -33,16 +33,19 @@ MIN_RATE, MAX_RATE = 0.002, 0.998
 
 def _prior() -> np.ndarray:
     grades = np.array([0.15, 0.28, 0.43, 0.58, 0.73, 0.85, 0.9, 0.96, 0.15])
-    # by `Evidence`: none, two of the window, correction, continued phrase; then shares, ascending
+    # by `Evidence`: none, two of the window, correction, continued phrase; then shares, ascending;
+    # then two of a prediction
     without_draft = np.array([
         0.01, 0.1, 0.3, 0.03, 0.3,
         0.02, 0.04, 0.06, 0.13, 0.21, 0.41, 0.59, 0.71,
         0.83, 0.88, 0.915, 0.955, 0.977, 0.988, 0.997,
+        0.5, 0.95,
     ])  # fmt: skip
     pool_log_odds = np.array([
         0.0, 0.1, 0.3, -0.5, 0.5,
         -1.0, -0.4, -0.2, 0.1, 0.25, 0.5, 0.9, 1.2,
         1.8, 2.0, 2.3, 3.2, 3.5, 3.7, 4.4,
+        0.7, 3.2,
     ])  # fmt: skip
     log_odds = np.log(grades / (1 - grades))[:, None] + pool_log_odds
     return np.concatenate([

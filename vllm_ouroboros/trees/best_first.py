@@ -1,7 +1,8 @@
 """Best-first trees: they grow where acceptance is most likely (compiled).
 
 From the root on, the node most likely to be accepted is taken next, whoever proposed it: the draft
-model's chain, its top-k alternatives beside the chain, and phrases of the pool anywhere. So the
+model's chain, its top-k alternatives beside the chain, what the request's sender predicts, and
+phrases of the pool anywhere. So the
 nodes of a tree stand in descending order of their probability, and its first n are the best tree of
 n nodes (the expansion of EAGLE-2's dynamic trees, arXiv 2406.16858, over several proposers).
 """
@@ -19,6 +20,7 @@ from vllm_ouroboros.trees.candidates import (
     EVIDENCE,
     FOLLOWING,
     GRADE,
+    IN_PREDICTION,
     NEXT,
     NEXT_GRADE,
     NUM_COLUMNS,
@@ -39,8 +41,10 @@ from vllm_ouroboros.trees.node_kinds import (
     grade,
     kind_of,
 )
+from vllm_ouroboros.trees.prediction import follow
 
 _DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
+_PREDICTION = int(NodeSource.PREDICTION)
 MAX_FRONTIER = 256  # nodes that wait to be taken, at most
 MAX_CHILDREN = 32  # of a node, at most
 TIE_BREAK = 1e-6  # what a share counts beside a rate: between children of one kind
@@ -125,6 +129,10 @@ def grow_best(
         chain_at, node, path_probability = -1, ROOT, 1.0
         following = (np.int32(-1), np.int32(0), np.int32(-1))
         phrase_at = (-1, 0, 0)
+        predicted = req.predicted[s, : req.predicted_len[s]]
+        if len(predicted) > 0:
+            follow(req, s, token_ids[rows[r]], committed)
+            phrase_at = (IN_PREDICTION, req.predicted_run[s], req.predicted_at[s])
         size, pending = 0, 0
         while size < req.node_limit[s]:
             ended = False
@@ -142,8 +150,8 @@ def grow_best(
                 elif on_chain and chain_at + 1 < req.chain_len[s]:
                     default_grade = NOT_IN_TOP_K
                 count = pool_candidates(
-                    pool, req.scope[s], req.owner[s], context, default_grade, phrase_at,
-                    children, shares, count,
+                    pool, req.scope[s], req.owner[s], context, default_grade, predicted,
+                    phrase_at, children, shares, count,
                 )  # fmt: skip
                 pending = _push(
                     frontier, pending, children, shares, draft_probs, count, node,
@@ -168,7 +176,9 @@ def grow_best(
             following = (taken[NEXT], taken[NEXT_GRADE], taken[FOLLOWING])
             phrase_at = (taken[SLOT], taken[PHRASE], taken[PLACE])
             tokens[size], parents[size] = taken[TOKEN], parent
-            sources[size] = _DRAFT if taken[GRADE] < NOT_IN_TOP_K else _SUFFIX
+            sources[size] = _PREDICTION if taken[SLOT] == IN_PREDICTION else _SUFFIX
+            if taken[GRADE] < NOT_IN_TOP_K:
+                sources[size] = _DRAFT
             ranked.kinds[r, size] = kind_of(taken[GRADE], taken[EVIDENCE])
             ranked.probabilities[r, size] = path_probability
             size += 1

@@ -13,10 +13,13 @@ from vllm_ouroboros.trees.node_kinds import (
     BASE_SHARE,
     MAX_COUNT_WEIGHT,
     OWN_WEIGHT,
+    PREDICTION,
+    PREDICTION_GUESS,
     SHARE_BOUNDS,
     Evidence,
     grade,
 )
+from vllm_ouroboros.trees.prediction import SURE_RUN
 
 _WINDOW = int(PhraseSource.WINDOW)
 _WINDOW_GUESS, _CONTINUES_GUESS = int(Evidence.WINDOW_GUESS), int(Evidence.CONTINUES_GUESS)
@@ -33,6 +36,9 @@ NUM_COLUMNS = 11
 draft model's token after it if it stands beside the chain, or -1, the grade of that, and where in
 `RequestState.following` the token after that is, or -1; slot, number and next place of the phrase
 that goes on from it; its parent once it waits in the frontier."""
+IN_PREDICTION = -2
+"""In the place of a slot: what goes on is the request's prediction, from a place behind so many
+tokens that came as predicted."""
 
 
 @njit(cache=True)
@@ -111,8 +117,11 @@ def draft_candidates(req, s, chain_at, following, children, draft_probs):
 
 
 @njit(cache=True)
-def pool_candidates(pool, scope, owner, context, default_grade, phrase_at, children, shares, count):
-    """The pool's children of a node, added to those of the draft model.
+def pool_candidates(
+    pool, scope, owner, context, default_grade, predicted, phrase_at, children, shares, count
+):
+    """The children of a node by its request's prediction and by the pool, added to those of the
+    draft model.
 
     Args:
         pool: see `PoolArrays`.
@@ -120,7 +129,9 @@ def pool_candidates(pool, scope, owner, context, default_grade, phrase_at, child
         owner: its number; see `PoolArrays.owners`.
         context: int32 [n], the last tokens that lead to the node, it included.
         default_grade: of a token that the draft model did not propose here.
-        phrase_at: slot, number and next place of the phrase that led here; slot -1 for none.
+        predicted: int32 [n], what the request is predicted to say.
+        phrase_at: slot, number and next place of the phrase that led here; slot -1 for none, and
+            `IN_PREDICTION`.
         children: int32 [C, NUM_COLUMNS], added to; evidence becomes the class of the share.
         shares: float64 [C], each child's share of what was counted, smoothed; written.
         count: children so far.
@@ -129,6 +140,11 @@ def pool_candidates(pool, scope, owner, context, default_grade, phrase_at, child
         How many children there are.
     """
     slot, g, place = phrase_at
+    if slot == IN_PREDICTION and place < len(predicted):
+        evidence = PREDICTION if g >= SURE_RUN else PREDICTION_GUESS
+        count = _add(
+            children, count, predicted[place], default_grade, evidence, slot, g + 1, place + 1
+        )
     if slot >= 0 and place < pool.lengths[slot, g]:
         evidence = _CONTINUES_GUESS if pool.sources[slot, g] == _WINDOW else _CONTINUES_PHRASE
         token = pool.tokens[slot, g, place]
@@ -175,6 +191,8 @@ def _blend_counts(pool, owner, slot, backoff, children, count, shares):
             if children[i, TOKEN] == pool.tokens[slot, g, 0]:
                 times[i] += pool.times[slot, g]
                 own[i] += owned
+                if children[i, SLOT] == IN_PREDICTION:
+                    continue
                 children[i, SLOT], children[i, PHRASE], children[i, PLACE] = slot, g, 1
     weight = min(1.0, MAX_COUNT_WEIGHT / max(total, 1.0))
     for i in range(shares.shape[0]):

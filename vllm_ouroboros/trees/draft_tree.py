@@ -23,6 +23,7 @@ class NodeSource(IntEnum):
     TARGET = 0  # not a node: the token that the target adds after the accepted path
     DRAFT = 1
     SUFFIX = 2
+    PREDICTION = 3  # whoever sent the request
 
 
 class DraftTree(NamedTuple):
@@ -80,6 +81,18 @@ def grow(tokens, parents, sources, size, budget, parent, phrase, start, length, 
             size += 1
         node = child
     return size, node
+
+
+@njit(cache=True)
+def are_trees(tokens, parents, sizes, vocab_size):
+    """Whether the first ``sizes`` int32 [R] of tokens and parents int32 [R, B] are trees of a
+    model's tokens.
+    """
+    for r in range(sizes.shape[0]):
+        for i in range(sizes[r]):
+            if not 0 <= tokens[r, i] < vocab_size or not -1 <= parents[r, i] < i:
+                return False
+    return True
 
 
 @njit(cache=True)

@@ -11,11 +11,11 @@ from enum import IntEnum
 
 import numpy as np
 
-from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.arrays import PhraseSource, PoolFault
 from vllm_ouroboros.phrases.insertion import insert_texts
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.best_first import Ranked, grow_best
-from vllm_ouroboros.trees.draft_tree import DraftTree, depths, step_mask, walk
+from vllm_ouroboros.trees.draft_tree import DraftTree, are_trees, depths, step_mask, walk
 from vllm_ouroboros.trees.learning import learn_all
 from vllm_ouroboros.trees.lengthening import build_trees
 from vllm_ouroboros.trees.node_kinds import NUM_KINDS
@@ -38,7 +38,8 @@ class Drafting:
     """Drafts of up to ``max_requests`` requests, and the pool that feeds them.
 
     Sizes are those of `OuroborosConfig`; ``budget`` is the node budget of a tree, ``max_len`` the
-    positions that the draft model knows, ``stops`` the ids after which no draft goes on; with
+    positions that the draft model knows, ``stops`` the ids after which no draft goes on, tokens are
+    below ``vocab_size``; with
     ``contexts`` above 1 keys of the pool are also several tokens in a row (`CONTEXTS`);
     ``keeps_chain_kv`` is false where a chain's draft KV is worth less than that of the same text.
     """
@@ -54,17 +55,19 @@ class Drafting:
         window_size: int,
         max_len: int,
         stops: tuple[int, ...] = (),
+        vocab_size: int = 2**31 - 1,
         contexts: int = 1,
         keeps_chain_kv: bool = True,
     ) -> None:
         size, beta = max_requests, pool.arrays.tokens.shape[2]
         self.pool, self.max_len, self.contexts = pool, max_len, contexts
-        self.keeps_chain_kv = keeps_chain_kv
+        self.vocab_size, self.keeps_chain_kv = vocab_size, keeps_chain_kv
         self.budget, self.draft_tokens, self.num_suffixes = budget, draft_tokens, num_suffixes
         self.stops = np.asarray(stops, np.int32)
         self.state = RequestState.empty(size, budget, beta, window_size)
         self._free = list(range(size - 1, -1, -1))
         self._admitted = 0
+        self._faults = 0  # of the pool, that were told
 
     def carried(self, width: RoundWidth) -> tuple[int, int]:
         """Columns of the window and phrases of the pool that a round carries for a request."""
@@ -82,13 +85,15 @@ class Drafting:
         """Bytes of all request state; fixed for the life of the engine."""
         return sum(array.nbytes for array in self.state)
 
-    def add(self, scope: int = 0) -> int:
-        """A slot for a new request, which shares phrases within ``scope`` (see `Scopes`)."""
+    def add(self, scope: int = 0, learns: bool = True) -> int:
+        """A slot for a new request, which shares phrases within ``scope`` (see `Scopes`); its text
+        becomes phrases if it ``learns``.
+        """
         slot = self._free.pop()
         state = self.state
-        for array in (state.committed, state.in_pool, state.window_levels):
+        for array in (state.committed, state.in_pool, state.window_levels, state.predicted_len):
             array[slot] = 0
-        state.scope[slot] = scope
+        state.scope[slot], state.learns[slot] = scope, learns
         state.owner[slot] = self._admitted = self._admitted % (2**31 - 1) + 1
         self.reset(slot, 0)
         return slot
@@ -98,6 +103,18 @@ class Drafting:
         self.state.cached[slot] = cached
         self.state.chain_len[slot] = 0
         self.state.size[slot] = 0
+
+    def predict(self, slot: int, tokens: np.ndarray, prompt: int) -> None:
+        """Expect a request to say ``tokens`` int32 [n] behind a prompt of so many."""
+        known = self.state.predicted
+        if len(tokens) > known.shape[1]:
+            longer = np.zeros((len(known), max(len(tokens), 2 * known.shape[1])), np.int32)
+            longer[:, : known.shape[1]] = known
+            self.state = self.state._replace(predicted=longer)
+        state = self.state
+        state.predicted[slot, : len(tokens)] = tokens
+        state.predicted_len[slot], state.predicted_seen[slot] = len(tokens), prompt
+        state.predicted_at[slot] = state.predicted_run[slot] = 0
 
     def release(self, slot: int) -> None:
         """Give a slot back."""
@@ -114,8 +131,8 @@ class Drafting:
             source: of the phrases.
         """
         insert_texts(
-            self.pool.arrays, self.state.scope, self.state.owner, self.state.in_pool, slots, texts,
-            rows, lengths, int(source), self.contexts,
+            self.pool.arrays, self.state.scope, self.state.owner, self.state.learns,
+            self.state.in_pool, slots, texts, rows, lengths, int(source), self.contexts,
         )  # fmt: skip
 
     def start(
@@ -154,6 +171,9 @@ class Drafting:
         Returns:
             The round (its arrays may be longer than needed), the number of rows T, and the
             number M of rows whose prediction is needed.
+
+        Raises:
+            PoolFault: a phrase of the pool has tokens that no model knows.
         """
         uncached = self.state.committed[slots] + self.state.chain_len[slots]
         uncached -= self.state.cached[slots]
@@ -163,6 +183,9 @@ class Drafting:
         total, wanted = plan_round(
             self.state, self.pool.arrays, slots, rows, token_ids, self.max_len, out
         )
+        tokens = out.tokens[:total]
+        if total and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise PoolFault("a round has tokens that cannot be")
         return out, total, wanted
 
     def plan_branches(self, slots) -> tuple[Round, int, np.ndarray]:
@@ -224,8 +247,34 @@ class Drafting:
         ]
         return trees, [p[:n] for p, n in zip(ranked.probabilities, sizes, strict=True)]
 
+    def check_trees(self, slots) -> None:
+        """Check what was made for ``slots`` int64 [R].
+
+        Raises:
+            PoolFault: these are no trees of tokens, or the pool held what it cannot.
+        """
+        state = self.state
+        trees = state.tokens[slots], state.parents[slots], state.size[slots]
+        if not are_trees(*trees, self.vocab_size):
+            raise PoolFault("a tree has tokens or nodes that cannot be")
+        faults = int(self.pool.arrays.faults[0])
+        if faults > self._faults:
+            self._faults = faults
+            raise PoolFault("slots of the pool held what they cannot")
+
+    def drop_drafts(self, slots, keep_kv: bool) -> None:
+        """Forget the drafts of ``slots`` int64 [R], after a fault in the middle of one.
+
+        Args:
+            slots: int64 [R].
+            keep_kv: whether what the draft model has read of their texts is sound.
+        """
+        state = self.state
+        state.chain_len[slots] = state.size[slots] = 0
+        state.cached[slots] = np.minimum(state.cached[slots], state.committed[slots] * keep_kv)
+
     def learn(self, slots, roots, trees: Sequence[DraftTree], predicted) -> None:
-        """Turn verified trees into phrases.
+        """Turn verified trees of requests that learn into phrases.
 
         Args:
             slots: list of R slots.
@@ -237,7 +286,8 @@ class Drafting:
             return
         sizes = [len(tree.tokens) for tree in trees]
         learn_all(
-            self.pool.arrays, self.state.scope, self.state.owner, np.array(slots, np.int64),
+            self.pool.arrays, self.state.scope, self.state.owner, self.state.learns,
+            np.array(slots, np.int64),
             np.array(roots, np.int64), np.array(sizes, np.int64),
             np.concatenate([tree.tokens for tree in trees]),
             np.concatenate([tree.parents for tree in trees]),
@@ -294,6 +344,7 @@ def warm_up() -> None:
     drafting.plan_branches(slots)
     drafting.grow(slots, slots, text, np.ones((1, NUM_KINDS)), 0.5)
     drafting.build(slots, slots, text)
+    drafting.check_trees(slots)
     tree = drafting.tree(slot)
     size = len(tree.tokens)
     predicted = np.ones(size + 1, np.int64)

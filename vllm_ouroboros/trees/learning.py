@@ -17,13 +17,16 @@ _VERIFICATION = int(PhraseSource.VERIFICATION)
 
 
 @njit(cache=True)
-def learn_all(pool, scopes, owners, slots, roots, sizes, tokens, parents, sources, predicted):
-    """`learn` for the trees of a batch, one behind the other.
+def learn_all(
+    pool, scopes, owners, learns, slots, roots, sizes, tokens, parents, sources, predicted
+):
+    """`learn` for the trees of a batch, one behind the other; of requests that do.
 
     Args:
         pool: see `PoolArrays`.
         scopes: int64 [slots], by slot; owners likewise.
         owners: int32 [slots].
+        learns: bool [slots].
         slots: int64 [R].
         roots: int64 [R].
         sizes: int64 [R], nodes of each tree.
@@ -36,10 +39,11 @@ def learn_all(pool, scopes, owners, slots, roots, sizes, tokens, parents, source
     for r in range(slots.shape[0]):
         end = first + sizes[r]
         slot = slots[r]
-        learn(
-            pool, scopes[slot], owners[slot], roots[r], tokens[first:end], parents[first:end],
-            sources[first:end], sizes[r], predicted[first + r : end + r + 1],
-        )  # fmt: skip
+        if learns[slot]:
+            learn(
+                pool, scopes[slot], owners[slot], roots[r], tokens[first:end], parents[first:end],
+                sources[first:end], sizes[r], predicted[first + r : end + r + 1],
+            )  # fmt: skip
         first = end
 
 

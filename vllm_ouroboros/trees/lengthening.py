@@ -8,9 +8,11 @@ from numba import njit
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.eviction import find
 from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, grow
+from vllm_ouroboros.trees.prediction import SURE_RUN, follow
 
 _DRAFT = int(NodeSource.DRAFT)
 _SUFFIX = int(NodeSource.SUFFIX)
+_PREDICTION = int(NodeSource.PREDICTION)
 _WINDOW = int(PhraseSource.WINDOW)
 
 
@@ -32,6 +34,20 @@ def _phrase_end(pool, slot, g, stops):
 
 
 @njit(cache=True)
+def _predicted_end(req, s, draft_tokens, stops):
+    """Where a path along the prediction ends: with the text, or as long as a chain where the text
+    has hardly followed it yet.
+    """
+    last = req.predicted_len[s]
+    if req.predicted_run[s] < SURE_RUN:
+        last = min(last, req.predicted_at[s] + draft_tokens)
+    for i in range(req.predicted_at[s], last):
+        if _is_stop(req.predicted[s, i], stops):
+            return i + 1
+    return last
+
+
+@njit(cache=True)
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
     """Fill the trees: the chain with its branches, up to K suffixes at its end, phrases at the root
     with the rest. A request that is `chain_only` gets a chain: its own with the best suffix.
@@ -39,8 +55,9 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
     Phrases that stood in text or that the target confirmed come before guesses of the window, at
     either place.
 
-    A request without a drafted chain gets one from the pool: the best phrase, then the best
-    phrase of its last token, and so on.
+    A request without a drafted chain gets one from its prediction, or from the pool: the best
+    phrase, then the best phrase of its last token, and so on. Beside a drafted chain the prediction
+    is a branch at the root.
     """
     branch = np.empty(2, np.int32)
     for r in range(slots.shape[0]):
@@ -61,6 +78,15 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
                         tokens, parents, sources, size, limit,
                         place - 1, branch, 0, length, _DRAFT,
                     )  # fmt: skip
+        if req.predicted_len[s] > 0 and (req.chain_len[s] == 0 or not req.chain_only[s]):
+            follow(req, s, token_ids[rows[r]], req.committed[s])
+            at = req.predicted_at[s]
+            size, last_predicted = grow(
+                tokens, parents, sources, size, limit, ROOT, req.predicted[s],
+                at, max(0, _predicted_end(req, s, draft_tokens, stops) - at), _PREDICTION,
+            )  # fmt: skip
+            if req.chain_len[s] == 0:
+                end = last_predicted
         while req.chain_len[s] == 0 and size < min(limit, draft_tokens):
             last = tokens[end] if end >= 0 else root
             slot = find(pool, scope, last)

@@ -48,7 +48,12 @@ SHARE_BOUNDS = 1 / (1 + np.exp(-np.array(
     [-3.0, -2.0, -1.3, -0.7, -0.2, 0.3, 0.8, 1.3, 1.8, 2.4, 3.0, 3.7, 4.5, 5.5]
 )))  # fmt: skip
 """Bounds between classes of shares, evenly spread in log-odds."""
-NUM_EVIDENCES = int(Evidence.COUNTED) + len(SHARE_BOUNDS) + 1
+PREDICTION_GUESS = int(Evidence.COUNTED) + len(SHARE_BOUNDS) + 1
+"""Evidence of a token that the request's prediction has next, where the text has hardly followed
+it yet."""
+PREDICTION = PREDICTION_GUESS + 1
+"""The same where the text has followed it for some tokens."""
+NUM_EVIDENCES = PREDICTION + 1
 NUM_KINDS = NUM_GRADES * NUM_EVIDENCES
 
 

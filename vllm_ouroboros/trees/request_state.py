@@ -16,9 +16,17 @@ NUM_FOLLOWING = 3
 
 
 class RequestState(NamedTuple):
-    """State of S requests; B is the node budget, β and W the window's levels and columns."""
+    """State of S requests; B is the node budget, β and W the window's levels and columns, P the
+    tokens of the longest prediction so far.
+    """
 
     scope: np.ndarray  # int64 [S], phrases are shared within a scope
+    learns: np.ndarray  # bool [S], its text becomes phrases
+    predicted: np.ndarray  # int32 [S, P], text that its sender expects
+    predicted_len: np.ndarray  # int32 [S], tokens of that; 0: none
+    predicted_at: np.ndarray  # int32 [S], place of the one that should come next
+    predicted_run: np.ndarray  # int32 [S], tokens that came as predicted, up to there
+    predicted_seen: np.ndarray  # int32 [S], tokens of the text that were compared with it
     owner: np.ndarray  # int32 [S], number of the request, as `PoolArrays.owners` has it
     committed: np.ndarray  # int32 [S], tokens n of the text
     cached: np.ndarray  # int32 [S], tokens whose draft KV is valid
@@ -51,6 +59,12 @@ class RequestState(NamedTuple):
         branches = (slots, len(BRANCHES), max(BRANCHES))
         return cls(
             scope=np.zeros(slots, np.int64),
+            learns=np.ones(slots, np.bool_),
+            predicted=np.zeros((slots, 1), np.int32),
+            predicted_len=np.zeros(slots, np.int32),
+            predicted_at=np.zeros(slots, np.int32),
+            predicted_run=np.zeros(slots, np.int32),
+            predicted_seen=np.zeros(slots, np.int32),
             owner=np.zeros(slots, np.int32),
             committed=np.zeros(slots, np.int32),
             cached=np.zeros(slots, np.int32),

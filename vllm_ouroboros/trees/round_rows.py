@@ -216,7 +216,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
             req.window[s, levels] = fresh
             req.window_levels[s] = levels + 1
             continue
-        for j in range(columns):
+        for j in range(columns if req.learns[s] else 0):
             for level in range(1, beta):
                 phrase[level - 1] = req.window[s, level, j]
             phrase[beta - 1] = fresh[j]

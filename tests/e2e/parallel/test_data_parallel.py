@@ -60,6 +60,11 @@ def test_replicas_answer_as_vanilla_and_share_what_they_learned(
     )
     assert len(accepted) == 2
     assert all(float(count) > 0 for _, count in accepted)
+    ours = re.findall(
+        r'ouroboros_accepted_tokens_total\{engine="(\d)",.*,origin="\w+"\} (.*)', metrics
+    )
+    for engine, count in accepted:
+        assert sum(float(n) for which, n in ours if which == engine) == float(count)
 
 
 def all_in(path: Path, prompts: list[list[int]]) -> bool:

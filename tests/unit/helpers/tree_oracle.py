@@ -20,11 +20,14 @@ from vllm_ouroboros.trees.node_kinds import (
     NOT_IN_TOP_K,
     NUM_EVIDENCES,
     OWN_WEIGHT,
+    PREDICTION,
+    PREDICTION_GUESS,
     SHARE_BOUNDS,
     WITHOUT_DRAFT,
     Evidence,
     grade,
 )
+from vllm_ouroboros.trees.prediction import SURE_RUN
 from vllm_ouroboros.trees.request_state import NUM_ALTERNATIVES
 
 GUESSES = (Evidence.WINDOW_GUESS, Evidence.CONTINUES_GUESS)
@@ -41,6 +44,7 @@ class Child(NamedTuple):
     follow: int = -1
     odds: float | None = None  # the draft model's probability
     share: float = BASE_SHARE  # of what was counted
+    ahead: tuple[int, int] | None = None  # tokens that came as predicted, place of the next one
 
 
 def from_draft(world, slot: int, node: Child) -> list[Child]:
@@ -63,6 +67,17 @@ def from_draft(world, slot: int, node: Child) -> list[Child]:
         token, follow = int(state.branches[slot, at, k]), int(state.branch_next[slot, at, k])
         found.append(Child(token, grade(BRANCH_PROBABILITIES[k]), follow=follow))
     return [child for child in found if child.token >= 0]
+
+
+def from_prediction(world, slot: int, node: Child, grade: int) -> list[Child]:
+    """What a request is predicted to say behind a node."""
+    state = world.drafting.state
+    if node.ahead is None or node.ahead[1] >= state.predicted_len[slot]:
+        return []
+    run, place = node.ahead
+    evidence = PREDICTION if run >= SURE_RUN else PREDICTION_GUESS
+    token = int(state.predicted[slot, place])
+    return [Child(token, grade, evidence, ahead=(run + 1, place + 1))]
 
 
 class Phrase(NamedTuple):
@@ -120,13 +135,21 @@ def children(world, slot: int, node: Child, text: list[int]) -> list[Child]:
         said = Evidence.COUNTED if phrase.times else Evidence.CORRECTION
         known.append((Evidence.WINDOW_GUESS if phrase.guess else said, phrase.tokens))
     found: dict[int, Child] = {}
-    for child in [*thought, *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known)]:
+    predicted = from_prediction(world, slot, node, unknown)
+    for child in [
+        *thought,
+        *predicted,
+        *(Child(token, unknown, e, (*rest,)) for e, (token, *rest) in known),
+    ]:
         there = found.setdefault(child.token, child)
         if child.evidence > there.evidence:
-            found[child.token] = there._replace(evidence=child.evidence, rest=child.rest)
+            found[child.token] = there._replace(
+                evidence=child.evidence, rest=child.rest, ahead=child.ahead
+            )
     for token, child in found.items():
         leads = [p for phrases in reversed(held) for p in phrases if p.times and not p.guess]
         rest = next((p.tokens[1:] for p in leads if p.tokens[0] == token), child.rest)
+        rest = child.rest if child.ahead else rest
         share, evidence = share_of(token, held), child.evidence
         if leads and evidence in (Evidence.NONE, Evidence.COUNTED):
             evidence = Evidence.COUNTED + int((share > SHARE_BOUNDS).sum())
@@ -155,7 +178,10 @@ def reference(world, r: int, like) -> list[tuple]:
     state, slot = world.drafting.state, int(world.slots[r])
     text = world.token_ids[world.rows[r], : state.committed[slot]].tolist()
     waiting, taken = [], []
-    node, parent, left = Child(-1, 0, place=-1), ROOT, 1.0
+    ahead = None
+    if state.predicted_len[slot]:
+        ahead = int(state.predicted_run[slot]), int(state.predicted_at[slot])
+    node, parent, left = Child(-1, 0, place=-1, ahead=ahead), ROOT, 1.0
     while len(taken) < state.node_limit[slot]:
         found = [] if node.token in world.drafting.stops else children(world, slot, node, text)
         for rate, kind, child in ranked(world, r, found):
@@ -171,6 +197,7 @@ def reference(world, r: int, like) -> list[tuple]:
         left, above, kind, node, text = waiting.pop(int(np.argmax(nudged)))
         waiting = [] if state.chain_only[slot] else waiting
         parent, text = len(taken), [*text, node.token]
-        source = NodeSource.DRAFT if node.grade < NOT_IN_TOP_K else NodeSource.SUFFIX
+        source = NodeSource.PREDICTION if node.ahead else NodeSource.SUFFIX
+        source = NodeSource.DRAFT if node.grade < NOT_IN_TOP_K else source
         taken.append((node.token, above, source, kind, left))
     return taken

@@ -16,12 +16,16 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm_ouroboros.config import ConfigError
 from vllm_ouroboros.integration import proposer as module
 from vllm_ouroboros.integration.proposer import OuroborosProposer
+from vllm_ouroboros.phrases.arrays import PoolFault
+from vllm_ouroboros.policy.controller import Policy
+from vllm_ouroboros.policy.forward_costs import Costs
 from vllm_ouroboros.trees.draft_tree import DraftTree
 from vllm_ouroboros.verify.acceptance import Verified
 
 from ..helpers.fake_draft import FakeDraft, said
 from ..helpers.fake_engine import Engine, Sequence, bound, make, state_of
 from ..helpers.fakes import Language, ancestors
+from ..helpers.policy_fakes import curve
 
 _NUMBER = StructuredOutputsParams(regex="[0-9]*")
 
@@ -77,6 +81,64 @@ def test_an_engines_life(seed, draft_len, window, rows, scope, overlap) -> None:
     assert len(proposer.requests) == len(proposer.deferred) == 0
     free = sorted(proposer.drafting._free)
     assert free == [0, 1, 2, 3], "a slot was lost or given back twice"
+
+
+@given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.1, 0.5]), adaptive=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_an_engines_life_with_faults(seed, share, adaptive) -> None:
+    """Wherever drafting breaks off, texts go on, and no draft KV of another text is read later."""
+    rng = np.random.default_rng(seed)
+    surprise = int(rng.choice([3, 9, 10**9]))
+    target = Language(seed, surprise=surprise)
+    draft = FakeDraft(Language(seed, surprise=surprise, twist=6), 80)
+    with pytest.MonkeyPatch.context() as context:
+        proposer = make(context, draft, window_size=2, num_suffixes=2, adaptive=adaptive)
+    engine = Engine(proposer, draft, target, seed, 80, overlap=True)
+    engine.exact = False
+    if adaptive:
+        proposer.set_policy(Policy(Costs(curve(1e-3, 1e-5), curve(1e-6, 1e-8))))
+    errors = [ValueError("x"), FloatingPointError("x"), MemoryError(), PoolFault("x")]
+
+    def broken(function):
+        def call(*args, **kwargs):
+            before = rng.random() < share
+            if before and rng.random() < 0.5:
+                raise errors[rng.integers(4)]
+            result = function(*args, **kwargs)
+            if before:
+                raise errors[rng.integers(4)]
+            return result
+
+        return call
+
+    drafting, cache = proposer.drafting, proposer.rounds.cache
+    for owner, name in (
+        (draft, "logits"), (draft, "forward"), (cache, "catch_up"), (cache, "mark_complete"),
+        (drafting, "plan"), (drafting, "absorb"), (drafting, "build"), (drafting, "grow"),
+        (drafting, "commit"), (drafting, "settle"), (drafting, "learn"), (drafting, "start"),
+    ):  # fmt: skip
+        if rng.random() < 0.3:
+            setattr(owner, name, broken(getattr(owner, name)))
+    sequences = [
+        Sequence(
+            str(i),
+            rng.integers(2, 8, rng.integers(1, 30)).tolist(),
+            SamplingParams(temperature=rng.choice([0, 1]), seed=i, max_tokens=30),
+        )
+        for i in range(4)
+    ]
+    engine.sequences += sequences
+    for _ in range(400):
+        if not engine.sequences:
+            break
+        engine.step()
+    assert not engine.sequences
+    for s in sequences:
+        noise = torch.Generator().manual_seed(s.params.seed) if s.params.temperature else None
+        expected = said(target, s.text[: s.prompt], len(s.text) - s.prompt, (1,), noise)
+        assert s.text[s.prompt :] == expected
+    assert len(proposer.deferred) == 0
+    assert sorted(proposer.drafting._free) == [0, 1, 2, 3]
 
 
 def simple(monkeypatch, **changes) -> OuroborosProposer:

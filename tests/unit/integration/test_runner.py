@@ -170,7 +170,7 @@ def test_what_no_draft_waits_for_is_done_behind_the_launch(monkeypatch) -> None:
     deferred = Deferred(waits=True)
     deferred.call(done.append, "learn")
     runner.drafter = SimpleNamespace(
-        counters=Counters(), policy=None, head=None, clock=StepClock(), deferred=deferred
+        counters=Counters(), policy=None, head=None, clock=StepClock(), catch_up=deferred.catch_up
     )
     runner._model_forward()
     assert done == ["launch", "learn"]

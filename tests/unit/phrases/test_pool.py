@@ -68,7 +68,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.inserted() == {
             s.name.lower(): self.oracle.inserted[s] for s in PhraseSource
         }
-        assert self.pool.arrays.hits[0] == self.lookups
+        assert self.pool.arrays.lookups[0] == self.lookups
         for phrases in held.values():
             for p in phrases:
                 assert not any(agree(p, q) for q in phrases if q is not p), "not merged"
@@ -142,7 +142,7 @@ def test_memory_is_the_documented_formula(guesses, beta) -> None:
     for capacity in (8, 9, 64, 1000):
         names = {"capacity": -(-capacity // WAYS) * WAYS, "G": guesses, "beta": beta}
         documented = eval(formula.replace("β", "beta"), {}, names)
-        counters = 8 + 8 * len(PhraseSource) + 2 * 8
+        counters = 3 * 8 + 2 * 8 * len(PhraseSource)
         assert PhrasePool(capacity, guesses, beta).bytes == documented + counters
 
 
@@ -209,10 +209,39 @@ def test_an_empty_phrase_is_nothing(length) -> None:
 
 
 def test_hits_count_lookups_that_found_a_phrase() -> None:
+    """By the source of the first phrase."""
     pool = PhrasePool(8, 2, 3)
     pool.insert(5, [1], PhraseSource.PROMPT)
-    assert [pool.lookup(5), pool.lookup(6)] == [[(1,)], []]
-    assert pool.arrays.hits.tolist() == [2, 1]
+    pool.insert(7, [1], PhraseSource.WINDOW)
+    pool.insert(7, [2], PhraseSource.HISTORY)
+    assert [pool.lookup(5), pool.lookup(6), len(pool.lookup(7))] == [[(1,)], [], 2]
+    hits = {"prompt": 1, "window": 0, "verification": 0, "history": 1}
+    assert pool.hits() == hits
+    assert pool.arrays.lookups[0] == 3
     pool.clear()
     assert pool.lookup(5) == []
-    assert pool.arrays.hits.tolist() == [3, 1]
+    assert pool.hits() == hits
+    assert pool.arrays.lookups[0] == 4
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_slots_that_cannot_be_are_passed_over(seed) -> None:
+    """Compiled loops check no bounds: whatever the arrays hold, nothing beyond them is touched."""
+    rng = np.random.default_rng(seed)
+    pool = PhrasePool(16, 3, 4)
+    pool.insert_text(rng.integers(0, 9, 60), PhraseSource.HISTORY)
+    arrays, wild = pool.arrays, [-(2**31), -5, -1, 0, 1, 3, 4, 5, 10**6, 2**31 - 1]
+    arrays.counts[:] = rng.choice([*arrays.counts, *wild], arrays.counts.shape)
+    arrays.lengths[:] = rng.choice([1, 2, 3, 4, *wild], arrays.lengths.shape)
+    arrays.sources[:] = rng.choice([0, 1, 2, 3, -128, -1, 4, 127], arrays.sources.shape)
+    for token in range(9):
+        found = pool.lookup(token)
+        assert len(found) <= 3
+        assert all(1 <= len(phrase) <= 4 for phrase in found)
+    pool.insert_text(rng.integers(0, 9, 400), PhraseSource.PROMPT)
+    pool.insert(1, rng.integers(0, 9, 3), PhraseSource.WINDOW)
+    faults = int(arrays.faults[0])
+    for token in range(9):
+        pool.lookup(token)
+    assert arrays.faults[0] == faults, "an insertion makes its slot sound"

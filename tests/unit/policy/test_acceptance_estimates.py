@@ -20,6 +20,8 @@ from vllm_ouroboros.trees.node_kinds import (
     NUM_EVIDENCES,
     NUM_GRADES,
     NUM_KINDS,
+    PREDICTION,
+    PREDICTION_GUESS,
     Evidence,
     grade,
     kind_of,
@@ -40,7 +42,8 @@ def test_kinds_are_grades_and_evidence() -> None:
     table = PRIOR.reshape(NUM_GRADES, NUM_EVIDENCES)
     assert ((table > 0) & (table < 1)).all()
     assert (np.diff(table[: len(GRADE_BOUNDS) + 1], axis=0) > 0).all()
-    assert (np.diff(table[:, Evidence.COUNTED :]) > 0).all(), "more by larger shares"
+    assert (np.diff(table[:, Evidence.COUNTED : PREDICTION_GUESS]) > 0).all(), "by larger shares"
+    assert (table[:, PREDICTION] > table[:, PREDICTION_GUESS]).all()
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 12), known=st.integers(1, 13))
@@ -117,7 +120,7 @@ def test_a_draft_saves_a_step_for_each_token_that_phrases_would_have_lacked(
     written, alone, saved
 ) -> None:
     """Of tokens 1, 2 and 3 phrases know the second; it would have come with the next step."""
-    estimates, known = Estimates(), SURE + NUM_EVIDENCES - 1
+    estimates, known = Estimates(), SURE + PREDICTION_GUESS - 1
     tree = tree_of([1, 2, 3], [ROOT, 0, 1], [SURE, known, SURE])
     assert estimates.steps_saved(tree, text(*written), alone) == pytest.approx(saved, abs=0.03)
 

@@ -77,6 +77,15 @@ def worlds(draw, budget: int):
     for slot in world.slots.tolist():
         limit = draw(st.sampled_from([0, 1, budget // 2, budget, budget + 3]))
         world.drafting.start(slot, int(rng.integers(1, 40)), limit, 64, rng.random() < 0.3)
+        if draw(st.booleans()):
+            expected = rng.integers(0, vocab, rng.integers(1, 30)).astype(np.int32)
+            world.drafting.predict(slot, expected, 0)
+            state = world.drafting.state
+            state.predicted_seen[slot] = state.committed[slot]
+            state.predicted_at[slot], state.predicted_run[slot] = (
+                rng.integers(0, 32),
+                draw(st.integers(0, 6)),
+            )
         state.chain_len[slot] = rng.integers(budget)
         state.chain[slot] = rng.integers(0, vocab, budget)
         state.confidence[slot] = rng.random(budget) ** draw(st.sampled_from([0.2, 1, 3]))

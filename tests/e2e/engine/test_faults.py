@@ -1,0 +1,180 @@
+"""Faults while drafting, put into a running engine: no request fails, and texts stay vanilla's."""
+
+from __future__ import annotations
+
+import sys
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+import vllm_ouroboros
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+
+
+@pytest.fixture(scope="module")
+def engine(ouroboros):
+    """An engine that takes functions, by value: it cannot import this module."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield ouroboros(options={"num_suffixes": 4})  # one of its own, started with that setting
+
+
+def fail_rounds(worker) -> None:
+    """Let each round of drafting fail."""
+
+    def fail(*args, **kwargs):
+        raise ValueError("put in by a test")
+
+    worker.model_runner.drafter.rounds._round = fail
+
+
+def no_numbers(worker) -> None:
+    """Let the draft model say nothing but NaN."""
+    draft = worker.model_runner.drafter.draft
+    original = type(draft).compute_logits
+
+    def compute_logits(hidden, *, short=False):
+        return torch.full_like(original(draft, hidden, short=short), float("nan"))
+
+    draft.compute_logits = compute_logits
+
+
+def infinite(worker) -> None:
+    """Let it be infinitely sure of a token."""
+    draft = worker.model_runner.drafter.draft
+    original = type(draft).compute_logits
+
+    def compute_logits(hidden, *, short=False):
+        logits = original(draft, hidden, short=short)
+        logits[:, 7] = float("inf")
+        return logits
+
+    draft.compute_logits = compute_logits
+
+
+def no_memory(worker) -> None:
+    """Let it find no memory."""
+
+    def forward(*args, **kwargs):
+        return torch.empty(2**60)
+
+    worker.model_runner.drafter.draft.forward = forward
+
+
+def mend(worker) -> None:
+    """Take out what the functions above put in, and forget that it was there."""
+    drafter = worker.model_runner.drafter
+    drafter.pause.__init__(drafter.counters)
+    drafter.rounds.__dict__.pop("_round", None)
+    for name in ("compute_logits", "forward"):
+        drafter.draft.__dict__.pop(name, None)
+
+
+def kinds(worker) -> list[int]:
+    """Faults so far, by kind."""
+    return list(worker.model_runner.drafter.counters.faults)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [(fail_rounds, 0), (no_memory, 1), (no_numbers, 2), (infinite, 2)]
+)
+def test_a_draft_model_that_fails(fault, kind, engine, prompts, vanilla, tools) -> None:
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    [before] = engine.collective_rpc(kinds)
+    engine.collective_rpc(fault)
+    with tools.Used(engine) as used:
+        assert tools.tokens_of(tools.generate(engine, prompts[:16], GREEDY)) == expected[:16]
+    [after] = engine.collective_rpc(kinds)
+    assert used["faults"] >= 2
+    assert after[kind] - before[kind] == used["faults"], "of that kind, all of them"
+    assert used["faults"] < used["target_forwards"] // 2, "it tries again at growing intervals"
+    assert used["emitted_tokens"] == sum(map(len, expected[:16]))
+    engine.collective_rpc(mend)
+    with tools.Used(engine) as used:
+        assert tools.tokens_of(tools.generate(engine, prompts, GREEDY)) == expected
+    assert used["faults"] == 0
+    assert used["accepted_from_draft"] > used["emitted_tokens"] // 10, "it drafts again"
+
+
+def break_slots(worker) -> None:
+    """Let slots of the pool hold more phrases than they can, of impossible lengths."""
+    pool = worker.model_runner.drafter.drafting.pool.arrays
+    rng = np.random.default_rng(0)
+    held = pool.counts > 0
+    pool.counts[held] = rng.choice([-3, 10**6, 2**31 - 1], held.sum())
+    pool.lengths[held] = rng.choice([-5, 0, 10**6], pool.lengths[held].shape)
+    pool.sources[held] = rng.choice([-7, 99], pool.sources[held].shape)
+
+
+def break_tokens(worker) -> None:
+    """Let phrases have tokens that the target does not know."""
+    pool = worker.model_runner.drafter.drafting.pool.arrays
+    pool.tokens[:] = np.random.default_rng(0).choice([-1, 2**31 - 1, -(2**31)], pool.tokens.shape)
+
+
+@pytest.mark.parametrize("fault", [break_slots, break_tokens])
+def test_a_pool_that_cannot_be(fault, engine, prompts, vanilla, tools) -> None:
+    """It starts anew, and nothing of it reaches the target."""
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    tools.generate(engine, prompts[:16], GREEDY)
+    [before] = engine.collective_rpc(kinds)
+    engine.collective_rpc(fault)
+    with tools.Used(engine) as used:
+        assert tools.tokens_of(tools.generate(engine, prompts, GREEDY)) == expected
+    [after] = engine.collective_rpc(kinds)
+    assert after[3] - before[3] == used["faults"] == 1
+    assert used["accepted_tokens"] > used["emitted_tokens"] // 10
+
+
+def fail_later(worker) -> None:
+    """Let what is put off fail: learning rates, saving."""
+
+    def fail():
+        raise OSError("put in by a test")
+
+    deferred = worker.model_runner.drafter.deferred
+    deferred.waits = True
+    deferred.call(fail)
+
+
+def test_work_that_is_put_off_fails(engine, prompts, vanilla, tools) -> None:
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))[:8]
+    with tools.Used(engine) as used:
+        engine.collective_rpc(fail_later)
+        assert tools.tokens_of(tools.generate(engine, prompts[:8], GREEDY)) == expected
+    assert used["faults"] == 1
+
+
+def test_weights_are_loaded_again(engine, prompts, vanilla, tools) -> None:
+    """As those who train a policy do between its steps: phrases stay, texts are the target's."""
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    tools.generate(engine, prompts[:8], GREEDY)
+    before = vllm_ouroboros.stats(engine)["pool_phrases"]
+    assert before > 0
+    engine.collective_rpc("reload_weights")
+    assert engine.reset_prefix_cache()
+    assert vllm_ouroboros.stats(engine)["pool_phrases"] == before, "they are no KV"
+    with tools.Used(engine) as used:
+        assert tools.tokens_of(tools.generate(engine, prompts, GREEDY)) == expected
+    assert used["accepted_from_draft"] > used["emitted_tokens"] // 10
+    vllm_ouroboros.reset_pool(engine)
+    assert vllm_ouroboros.stats(engine)["pool_phrases"] == 0
+    with tools.Used(engine) as used:
+        assert tools.tokens_of(tools.generate(engine, prompts[:8], GREEDY)) == expected[:8]
+    assert used["pool_phrases"] > 0
+
+
+def test_sleep(engine, prompts, vanilla, tools) -> None:
+    """Whatever the device makes of it, phrases and texts are as before."""
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))[:8]
+    tools.generate(engine, prompts[:8], GREEDY)
+    before = vllm_ouroboros.stats(engine)["pool_phrases"]
+    engine.sleep(level=1)
+    engine.wake_up()
+    assert vllm_ouroboros.stats(engine)["pool_phrases"] == before
+    assert tools.tokens_of(tools.generate(engine, prompts[:8], GREEDY)) == expected
