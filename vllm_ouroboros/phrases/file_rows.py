@@ -17,6 +17,8 @@ from vllm_ouroboros.phrases.contexts import FIRST_HASH
 from vllm_ouroboros.phrases.insertion import insert
 from vllm_ouroboros.phrases.pool import PhrasePool
 
+MAX_WIDTH = 32
+"""Tokens that a phrase of a file may have: the most that the option ``phrase_len`` allows."""
 DTYPES = {
     "keys": "int32", "lengths": "int32", "sources": "int8", "times": "uint8", "tokens": "int32",
 }  # fmt: skip
@@ -54,6 +56,8 @@ def check(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:
     *columns, shape = (tensors[name].shape for name in DTYPES)
     if kinds != DTYPES or len(shape) != 2 or any(column != shape[:1] for column in columns):
         raise ValueError("other tensors than expected")
+    if shape[1] > MAX_WIDTH:  # a union makes all rows as wide
+        raise ValueError(f"phrases of more than {MAX_WIDTH} tokens")
     bounds = {
         "keys": (-FIRST_HASH, vocab_size),
         "lengths": (1, shape[1] + 1),

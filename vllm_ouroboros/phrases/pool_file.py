@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 import threading
 import time
@@ -70,6 +71,8 @@ class PoolFile:
         self.path = Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
         self.vocab_size = vocab_size
         self.tokenizer_hash = tokenizer_hash
+        self.saves = self.failures = 0
+        """How often it was written, and how often it could not be."""
         self._clock = clock
         self._next = clock() + SAVE_INTERVAL_S
         self._saved = 0  # insertions into the pool that the file knows of
@@ -89,12 +92,12 @@ class PoolFile:
         try:
             with Path(path).open("rb") as opened:
                 found = _metadata_of(_header(opened))
-            if found.get("format") == FORMAT:
-                size, known = int(found["vocab_size"]), str(found["tokenizer_hash"])
-                return cls(path, vocab_size=size, tokenizer_hash=known)
+            known = found["tokenizer_hash"]  # is shown: nothing that a terminal obeys
+            if found["format"] == FORMAT and re.fullmatch("[0-9a-f]{64}", known):
+                return cls(path, vocab_size=int(found["vocab_size"]), tokenizer_hash=known)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, ValueError):
             pass
         raise ValueError(f"{path}: is no phrase pool of vllm-ouroboros")
 
@@ -296,12 +299,15 @@ class PoolFile:
                 self._refuse_foreign()
                 self._put(tensors, flush=flush)
         except _ForeignError as error:
+            self.failures += 1
             self._warn(f"{error}: phrases are not saved, and the file stays as it is", _FIX)
             return False
         except Exception as error:  # a full disk, a directory that is gone, ...
+            self.failures += 1
             why = getattr(error, "strerror", None) or error
             self._warn(f"was not written ({why})", "what stood there is unchanged")
             return False
+        self.saves += 1
         self._saved, self._told, self._merges = insertions, "", True
         return True
 
@@ -319,9 +325,10 @@ def _header(file: BinaryIO) -> bytes:
 
 
 def _metadata_of(header: bytes) -> dict[str, str]:
-    """What a safetensors header says beside the tensors; nothing if it is none."""
+    """What a safetensors header says beside the tensors in strings; nothing if it is none."""
     with suppress(Exception):
-        return dict(json.loads(header[8:])["__metadata__"])
+        found = json.loads(header[8:])["__metadata__"]
+        return {name: value for name, value in found.items() if isinstance(value, str)}
     return {}
 
 

@@ -20,13 +20,14 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
     """A block in which nobody else who asks replaces a file.
 
     The lock is on a file beside it, and the system takes it from a process that dies. On a file
-    system without locks there is none.
+    system without locks there is none. A new lock file is its owner's alone: who can open it can
+    hold the lock.
 
     Raises:
         TimeoutError: somebody else has it for too long.
     """
     beside = path.with_name(f".{path.name}.lock")
-    with beside.open("a") as file:
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         until = time.monotonic() + timeout_s
         while True:
             try:

@@ -201,27 +201,51 @@ class Costs:
     def save(self, pool_path: str) -> Path:
         """Write `as_dict` beside a pool's file, in one go; returns where.
 
+        It is readable by its owner alone.
+
         Raises:
             OSError: it cannot be written.
         """
-        path = Path(f"{pool_path}{FILE_SUFFIX}").expanduser()
+        # pathlib's own raises on an unknown user
+        path = Path(os.path.expanduser(f"{pool_path}{FILE_SUFFIX}"))  # noqa: PTH111
         fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        fresh.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(json.dumps(self.as_dict(), indent=1) + "\n")
         fresh.replace(path)
         return path
 
 
 def read_costs(path: Path) -> dict[str, Any]:
-    """What `Costs.save` wrote.
+    """What `Costs.save` wrote; other names are left out.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is something else.
     """
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict) or not isinstance(found.get("target"), dict):
+    try:
+        found = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(found, dict) or "target" not in found:
         raise ValueError("no costs of an engine")
-    return found
+    curves = {name: found[name] for name in ("target", "draft") if name in found}
+    hosts = {name: found[name] for name in HOST_COSTS if name in found}
+    if not all(map(_is_curve, curves.values())) or not all(map(_is_time, hosts.values())):
+        raise ValueError("no costs of an engine")
+    return curves | hosts
+
+
+def _is_curve(found: object) -> bool:
+    """Whether this is milliseconds by rows, ascending."""
+    if not isinstance(found, dict) or not all(map(_is_time, found.values())):
+        return False
+    # no more than anybody measures: tables of costs are as long
+    rows = [int(name) for name in found if len(name) < 6 and name.isdecimal()]
+    return [str(n) for n in sorted({*rows} - {0})] == [*found] != []
+
+
+def _is_time(found: object) -> bool:
+    return type(found) in (int, float) and 0 <= found < 1e12  # type: ignore[operator]
 
 
 def update_average(average: float, seen: float, usual: float) -> float:

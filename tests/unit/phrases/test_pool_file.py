@@ -14,10 +14,12 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_ouroboros.phrases import pool_file
+from vllm_ouroboros.config import OuroborosConfig
+from vllm_ouroboros.phrases import file_rows, pool_file
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import FIRST_HASH, key_of
 from vllm_ouroboros.phrases.eviction import WAYS
+from vllm_ouroboros.phrases.file_rows import MAX_WIDTH
 from vllm_ouroboros.phrases.insertion import insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.phrases.pool_file import FORMAT, tokenizer_hash
@@ -165,6 +167,10 @@ FOREIGN = {
     "flat tokens": (as_bytes(container(tensors(tokens=np.array([5, 6], np.int32)))), "damaged"),
     "deep keys": (as_bytes(container(tensors(keys=np.zeros((2, 1), np.int32)))), "damaged"),
     "no width": (as_bytes(container(tensors(tokens=np.zeros((2, 0), np.int32)))), "damaged"),
+    "much width": (
+        as_bytes(container(tensors(tokens=np.zeros((2, MAX_WIDTH + 1), np.int32)))),
+        "phrases of more than 32 tokens",
+    ),
     "more": (as_bytes(container(tensors(more=np.zeros(2, np.int32)))), "damaged"),
     "less": (as_bytes(container({"keys": np.zeros(2, np.int32)})), "damaged"),
     "longer": (as_bytes(container() + b"\0"), "damaged"),
@@ -202,6 +208,13 @@ def test_a_sound_file_is_none_of_those(path, log) -> None:
     pool = loaded(path)
     assert ordered(pool) == [(3, [((5, 6), 0)]), (4, [((7,), 3)])]
     assert log.warnings == []
+
+
+def test_phrases_may_be_as_long_as_an_engine_allows() -> None:
+    OuroborosConfig(phrase_len=MAX_WIDTH)
+    with pytest.raises(ValueError):
+        OuroborosConfig(phrase_len=MAX_WIDTH + 1)
+    file_rows.check(tensors(tokens=np.zeros((2, MAX_WIDTH), np.int32)), VOCAB)
 
 
 def test_a_file_without_phrases_is_sound(path, log) -> None:
