@@ -53,6 +53,7 @@ def take_origins(llm: Any) -> dict[str, list[int]]:
 
     Returns:
         By internal request id, one number a token: 0 the target, 1 the draft chain, 2 a phrase of
-        the pool. A request counts as finished once the engine has run a step after its last one.
+        the pool, 3 its prediction. A request counts as finished once the engine has run a step
+        after its last one.
     """
     return llm.collective_rpc("ouroboros_origins")[0]

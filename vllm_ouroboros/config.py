@@ -130,7 +130,7 @@ class RequestOptions(BaseModel):
         if isinstance(given, str):
             try:
                 options = json.loads(given)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{KEY} = {given!r:.200}: no JSON ({error})") from None
         if not isinstance(options, dict):
             raise ConfigError(
@@ -172,4 +172,4 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
     allowed = ""
     if "Ge" in limits and "Le" in limits:
         allowed = f" (allowed: {limits['Ge'].ge} to {limits['Le'].le})"
-    return f"ouroboros.{key} = {error['input']!r}: {error['msg'].lower()}{allowed}"
+    return f"ouroboros.{key} = {error['input']!r:.200}: {error['msg'].lower()}{allowed}"

@@ -212,6 +212,8 @@ def test_options_of_a_request_as_an_object_or_as_text(options) -> None:
         ([], "ouroboros = []"),
         ("{", "ouroboros = '{': no JSON"),
         ("3", "ouroboros = '3'"),
+        ("[" * 100_000, "no JSON"),
+        ({"prediction": {"x": "y" * 100_000}}, "ouroboros.prediction"),
         (3, "ouroboros = 3"),
     ],
     ids=str,
@@ -221,3 +223,4 @@ def test_wrong_options_of_a_request(options, named) -> None:
         RequestOptions.of({"ouroboros": options})
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000

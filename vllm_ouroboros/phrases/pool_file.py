@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
@@ -256,13 +257,10 @@ class PoolFile:
         return {name: array.copy() for name, array in tensors.items()}
 
     def _metadata(self) -> dict[str, str]:
-        plugin = "unknown"
-        with suppress(metadata.PackageNotFoundError):
-            plugin = metadata.version("vllm-ouroboros")
         return {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
-            "plugin_version": plugin,
+            "plugin_version": _plugin_version(),
             "vocab_size": str(self.vocab_size),
             "tokenizer_hash": self.tokenizer_hash,
         }
@@ -316,6 +314,13 @@ class PoolFile:
         with suppress(FileNotFoundError):
             if _mark(self.path.stat()) != self._ours:
                 self._read()
+
+
+@cache
+def _plugin_version() -> str:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("vllm-ouroboros")
+    return "unknown"
 
 
 def _header(file: BinaryIO) -> bytes:

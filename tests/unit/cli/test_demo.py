@@ -156,3 +156,27 @@ def test_loops_need_a_4_gram_more_than_8_times() -> None:
         assert Comparison("a", "p", row, row).loops is loops
     empty = generation([], 1.0)
     assert not Comparison("a", "p", empty, empty).loops
+
+
+EDIT = "Rename a.\n\n```python\na = 1\nb = 2\n```\n"
+
+
+def test_predictions_of_a_job(model: str) -> None:
+    """The code block of each prompt, for Ouroboros alone; by default the shipped edits."""
+    given = job(model=model, prompts=[EDIT], prediction=True)
+    assert given.predictions == ("a = 1\nb = 2\n",)
+    assert given.engine(ouroboros=True).predictions == given.predictions
+    assert given.engine(ouroboros=False).predictions == ()
+    assert job(model=model, prompts=[EDIT]).predictions == ()
+    shipped = job(model=model, prompts=None, prediction=True)
+    assert len(shipped.predictions) == len(shipped.prompts) == demo_job.EDITS
+    for prediction, (name, prompt) in zip(shipped.predictions, shipped.prompts, strict=True):
+        assert name.startswith("edit-")
+        assert len(prediction) > 100 and prediction in prompt
+        assert "```" not in prediction
+
+
+def test_a_prompt_without_a_code_block(model: str) -> None:
+    result = invoke("demo", "--model", model, "--prediction", "--prompt", "x = 1")
+    assert result.exit_code == 2
+    assert "has no code block" in result.output

@@ -42,6 +42,14 @@ def demo(
             "model's folder has one.",
         ),
     ] = None,
+    prediction: Annotated[
+        bool,
+        typer.Option(
+            "--prediction",
+            help="Send with each prompt what its answer should repeat: the code block in it. "
+            "Default prompts: shipped edits of files.",
+        ),
+    ] = False,
     svg: Annotated[
         Path | None, typer.Option(help="Draw some texts and the totals into this file.")
     ] = None,
@@ -65,6 +73,7 @@ def demo(
             dtype=dtype.value,
             rounds=rounds,
             chat=chat,
+            prediction=prediction,
         )
         same = run(job, svg=svg, plain=plain, verbose=verbose)
     except InputError as error:

@@ -24,7 +24,8 @@ TAIL = 60  # characters of a growing text that are shown
 class EngineJob:
     """What one engine generates; without ``ouroboros`` the engine is vanilla.
 
-    With ``chat`` a prompt is what a user says, else a text to continue.
+    With ``chat`` a prompt is what a user says, else a text to continue. ``predictions`` are texts
+    that the answers are expected to repeat, one a prompt, or none.
     """
 
     model: str
@@ -33,6 +34,7 @@ class EngineJob:
     max_tokens: int
     dtype: str
     chat: bool = False
+    predictions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Generation:
     Attributes:
         token_ids: one list per pass over the prompts; they should all be equal.
         pieces: text that each token of the first pass adds.
-        origins: where each of them came from: 0 target, 1 draft, 2 suffix; all 0 when vanilla.
+        origins: where each of them came from: 0 target, 1 draft, 2 suffix, 3 prediction; all 0
+            when vanilla.
         seconds: median over the timed passes, prompt processing included.
     """
 
@@ -124,6 +127,7 @@ class Engine:
         self.passes: list[tuple[list[Any], list[float]]] = []
         self.facts = {"device": current_platform.device_type}
         self.prompts = [self._encode(prompt) for prompt in job.prompts]
+        self.predictions = job.predictions or [None] * len(self.prompts)
         for text, ids in zip(job.prompts, self.prompts, strict=True):
             if len(ids) >= length:
                 raise ValueError(
@@ -158,7 +162,7 @@ class Engine:
 
         if self.ours:
             vllm_ouroboros.trace(self.llm, enabled=True)
-        self.first, _ = self._pass(lambda prompt, n: self._stream(prompt, n, done), done)
+        self.first, _ = self._pass(lambda *of: self._stream(of[0], of[1], of[2], done), done)
         if self.ours:
             # The origins of a request are there once another step has run after its last one.
             self._generate(self.prompts[0], max_tokens=1)
@@ -191,7 +195,9 @@ class Engine:
         return EngineResult(generations, {k: after[k] - self.before.get(k, 0) for k in after})
 
     def _pass(
-        self, generate: Callable[[list[int], int], Any], done: Callable[[int], object]
+        self,
+        generate: Callable[[list[int], int, str | None], Any],
+        done: Callable[[int], object],
     ) -> tuple[list[Any], list[float]]:
         """Outputs and seconds of each prompt.
 
@@ -204,27 +210,34 @@ class Engine:
         if self.ours:
             vllm_ouroboros.reset_pool(self.llm)
         outputs, seconds = [], []
-        for prompt in self.prompts:
+        for prompt, prediction in zip(self.prompts, self.predictions, strict=True):
             start = time.perf_counter()
-            outputs.append(generate(prompt, self.job.max_tokens))
+            outputs.append(generate(prompt, self.job.max_tokens, prediction))
             seconds.append(time.perf_counter() - start)
             done(1)
         return outputs, seconds
 
-    def _generate(self, prompt: list[int], max_tokens: int) -> Any:
+    def _params(self, max_tokens: int, prediction: str | None, **more: Any) -> Any:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        extra = {"ouroboros": {"prediction": prediction}} if prediction is not None else None
+        return SamplingParams(temperature=0.0, max_tokens=max_tokens, extra_args=extra, **more)
+
+    def _generate(self, prompt: list[int], max_tokens: int, prediction: str | None = None) -> Any:
+        params = self._params(max_tokens, prediction)
         return self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
 
-    def _stream(self, prompt: list[int], max_tokens: int, heard: Callable[[str], object]) -> Any:
+    def _stream(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        prediction: str | None,
+        heard: Callable[[str], object],
+    ) -> Any:
         """The same, while ``heard`` is told the end of the text as it grows."""
-        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, output_kind=RequestOutputKind.CUMULATIVE
-        )
+        params = self._params(max_tokens, prediction, output_kind=RequestOutputKind.CUMULATIVE)
         engine = self.llm.llm_engine
         self.streamed += 1
         engine.add_request(f"streamed {self.streamed}", {"prompt_token_ids": prompt}, params)

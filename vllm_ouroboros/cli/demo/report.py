@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from vllm_ouroboros.cli.demo.job import Job
 
 NAMES = {"vanilla": "vanilla vLLM", "ouroboros": "Ouroboros"}
-ORIGINS = (("target", "yellow"), ("draft model", "green"), ("suffix phrase", "bold magenta"))
+ORIGINS = (
+    ("target", "yellow"),
+    ("draft model", "green"),
+    ("suffix phrase", "bold magenta"),
+    ("prediction", "cyan"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def show_text(console: Console, row: Comparison, *, soft_wrap: bool = True) -> N
     counts = Counter(row.ouroboros.origins)
     legend = Text("\n")
     for origin, (name, style) in enumerate(ORIGINS):
+        if name == "prediction" and not counts[origin]:
+            continue
         legend.append("■ ", style=style)
         legend.append(f"{name} {counts[origin]}   ")
     if row.identical:
