@@ -26,9 +26,9 @@ from pathlib import Path
 
 import httpx
 from soak_answers import Answer, References, ask
-from soak_checks import divergence, problems
+from soak_checks import explain, problems
 from soak_requests import Prompts, Request, last_request, random_request, reference_body
-from soak_servers import Guard, Memory, Server, idle, metrics
+from soak_servers import Guard, Memory, Server, idle, metrics, pair_server
 from tqdm import tqdm
 
 from vllm_ouroboros.cli.inputs import PAIR
@@ -66,9 +66,9 @@ class Soak:
         try:
             url, vanilla = args.url, args.vanilla_url
             if missing and vanilla is None:
-                servers.append(Server("vanilla", args.pair, args.out))
+                servers.append(pair_server("vanilla", args.pair, args.out))
             if url is None:
-                servers.append(Server("ouroboros", args.pair, args.out))
+                servers.append(pair_server("ouroboros", args.pair, args.out))
             await asyncio.gather(*(server.ready() for server in servers))
             by_name = {server.name: server for server in servers}
             if missing:
@@ -190,24 +190,9 @@ class Soak:
         """What the model thinks of the tokens where a text leaves vanilla's."""
         async with httpx.AsyncClient(timeout=self.args.timeout) as client:
             for row in self.failures[:SHOWN]:
-                if not row.get("answer") or not row.get("expected"):
-                    continue
-                for ours, theirs in zip(
-                    row["answer"]["choices"], row["expected"]["choices"], strict=False
-                ):
-                    a, b = ours["token_ids"], theirs["token_ids"]
-                    at = divergence(a, b)
-                    if at is None or at >= min(len(a), len(b)):
-                        continue
-                    body = {
-                        "prompt": theirs["prompt_token_ids"] + b[:at], "temperature": 0,
-                        "max_tokens": 1, "logprobs": 1, "logprob_token_ids": [a[at], b[at]],
-                        "return_tokens_as_token_ids": True,
-                    }  # fmt: skip
-                    answer = await ask(client, url, Request(-2, body), self.args.timeout)
-                    if answer["choices"]:
-                        top = answer["choices"][0]["logprobs"]["top_logprobs"]
-                        row["problems"].append(f"choice {ours['index']}: raw logprobs {top}")
+                if row.get("answer") and row.get("expected"):
+                    asked = (client, url, self.args.timeout)
+                    row["problems"] += await explain(*asked, row["answer"], row["expected"])
 
     def report(self) -> None:
         """Print the figures and the first failures, and write all failures to their file."""

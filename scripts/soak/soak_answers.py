@@ -70,6 +70,8 @@ async def _stream(client: httpx.AsyncClient, url: str, request: Request, answer:
             if request.leave_after_pieces is not None and pieces >= request.leave_after_pieces:
                 answer["left"] = True
                 return
+            if request.pause_seconds is not None:
+                await asyncio.sleep(request.pause_seconds)
     answer["error"] = "the stream ended without [DONE]"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from soak_answers import Answer
+import httpx
+from soak_answers import Answer, ask
 from soak_requests import Request, violations
 
 LOGPROB_TOLERANCE = 1e-4
@@ -157,4 +158,26 @@ def _prefixes(answer: Answer, expected: Answer) -> list[str]:
             )
         elif not whole[choice["index"]]["text"].startswith(choice["text"]):
             found.append(f"choice {choice['index']}: {choice['text']!r} begins differently")
+    return found
+
+
+async def explain(
+    client: httpx.AsyncClient, url: str, timeout: float, answer: Answer, expected: Answer
+) -> list[str]:
+    """What the model thinks of the tokens where texts leave vanilla's: how near a tie they were."""
+    found = []
+    for ours, theirs in zip(answer["choices"], expected["choices"], strict=False):
+        a, b = ours["token_ids"], theirs["token_ids"]
+        at = divergence(a, b)
+        if at is None or at >= min(len(a), len(b)):
+            continue
+        body = {
+            "prompt": theirs["prompt_token_ids"] + b[:at], "temperature": 0, "max_tokens": 1,
+            "logprobs": 1, "logprob_token_ids": [a[at], b[at]],
+            "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        told = await ask(client, url, Request(-2, body), timeout)
+        if told["choices"]:
+            top = told["choices"][0]["logprobs"]["top_logprobs"]
+            found.append(f"choice {ours['index']}: raw logprobs {top}")
     return found

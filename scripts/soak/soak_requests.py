@@ -10,7 +10,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 MODULES = (
     "argparse", "ast", "bisect", "calendar", "configparser", "csv", "difflib", "fractions",
@@ -55,12 +55,14 @@ class Request:
         body: JSON of ``/v1/completions``.
         leave_after_pieces: drop a stream's connection after so many pieces.
         leave_after_seconds: drop the connection after so long.
+        pause_seconds: wait so long after each piece of a stream, as a slow reader does.
     """
 
     index: int
     body: dict[str, Any]
     leave_after_pieces: int | None = None
     leave_after_seconds: float | None = None
+    pause_seconds: float | None = None
 
     @property
     def sampled(self) -> bool:
@@ -73,6 +75,15 @@ class Request:
     @property
     def leaves(self) -> bool:
         return self.leave_after_pieces is not None or self.leave_after_seconds is not None
+
+
+class PromptSource(Protocol):
+    """Makes prompts; ``vocabulary`` is the number of token ids."""
+
+    vocabulary: int
+
+    def draw(self, rng: random.Random, tokens: int) -> str | list[int]:
+        """A prompt of about so many tokens."""
 
 
 class Prompts:
@@ -121,7 +132,7 @@ def last_request() -> Request:
 
 
 def random_request(
-    index: int, seed: int, prompts: Prompts, without: frozenset[str] = frozenset()
+    index: int, seed: int, prompts: PromptSource, without: frozenset[str] = frozenset()
 ) -> Request:
     """The request of an index; ``without`` names fields of the body that are left out."""
     rng = random.Random(f"{seed}:{index}")
@@ -172,7 +183,9 @@ def _structure(rng: random.Random) -> dict[str, Any]:
     kind = rng.choice(("json", "regex", "choice", "grammar"))
     if kind == "grammar":
         return {kind: rng.choice(GRAMMARS)[0]}
-    structure = {kind: rng.choice({"json": SCHEMAS, "regex": REGEXES, "choice": CHOICES}[kind])}
+    structure: dict[str, Any] = {
+        kind: rng.choice({"json": SCHEMAS, "regex": REGEXES, "choice": CHOICES}[kind])
+    }
     if kind == "json" and rng.random() < 0.5:
         structure["disable_any_whitespace"] = True
     return structure

@@ -13,46 +13,51 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 START_SECONDS = 600
-COMMON = (
-    "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512",
-    "--max-num-seqs", "16", "--host", "127.0.0.1", "--disable-uvicorn-access-log",
-)  # fmt: skip
+EXACT = ("--dtype", "float32", "--enforce-eager", "--block-size", "32")
+"""What makes texts of servers comparable."""
+SIZES = ("--max-model-len", "512", "--max-num-seqs", "16")
 VANILLA = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192")
 """Stock vLLM 0.32 ends on the CPU when it has to cut the prompt of a request with a seed."""
+PROPOSER = ("--speculative-model", "vllm_ouroboros.OuroborosProposer", "--spec-tokens", "26")
+CACHING = ("--enable-prefix-caching", "--enable-chunked-prefill")
 OUROBOROS = (
-    "--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-batched-tokens", "512",
-    "--scheduling-policy", "priority", "--spec-tokens", "26",
-    "--speculative-model", "vllm_ouroboros.OuroborosProposer",
+    *PROPOSER, *CACHING, "--max-num-batched-tokens", "512", "--scheduling-policy", "priority",
 )  # fmt: skip
 KV_BYTES = {"vanilla": 2**27, "ouroboros": 10 * 2**20}
 """Of which the second is too little for 16 long requests: some are preempted."""
 
 
 class Server:
-    """A server in a process group of its own."""
+    """A server in a process group of its own, whose id is that of its first process.
 
-    def __init__(self, name: str, pair: Path, folder: Path) -> None:
+    Args:
+        name: of its log.
+        flags: of vLLM's OpenAI server.
+        folder: where it runs, and where its log is.
+        environment: besides ours.
+    """
+
+    def __init__(
+        self, name: str, flags: Sequence[str], folder: Path, environment: Mapping[str, str] = {}
+    ) -> None:
         self.name, self.log = name, folder / f"{name}.log"
         with socket.socket() as held:
             held.bind(("127.0.0.1", 0))
-            port = held.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        flags = list(VANILLA)
-        if name == "ouroboros":
-            flags = [*OUROBOROS, "--ouroboros-config", json.dumps({"draft_model": f"{pair}/draft"})]
+            self.port = held.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(pair / "target"), "--port", str(port), *COMMON, *flags),
-            *("--kv-cache-memory-bytes", str(KV_BYTES[name])),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--disable-uvicorn-access-log"),
+            *flags,
         ]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1", **environment}
         env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it has the last word over the flag
         # not the repository's root, whose `kernels` shadows a package that transformers imports
         with self.log.open("wb") as output:
@@ -84,9 +89,9 @@ class Server:
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
 
-    def complaints(self) -> list[str]:
-        """Errors in its log."""
-        lines = self.log.read_text(errors="replace").splitlines()
+    def complaints(self, size: int | None = None) -> list[str]:
+        """Errors in the first ``size`` bytes of its log."""
+        lines = self.log.read_bytes()[:size].decode(errors="replace").splitlines()
         found = [line for line in lines if re.search(r"\bERROR\b|\bCRITICAL\b|^Traceback", line)]
         return found[:5]
 
@@ -102,25 +107,35 @@ class Server:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def _group(pid: int) -> Iterator[list[str]]:
-    """Fields of /proc/PID/stat, from the state on, of each process of a group."""
-    group = os.getpgid(pid)
+def pair_server(name: str, pair: Path, folder: Path) -> Server:
+    """A server with the shipped pair, "vanilla" or "ouroboros"."""
+    flags: tuple[str, ...] = VANILLA
+    if name == "ouroboros":
+        options = json.dumps({"draft_model": f"{pair}/draft"})
+        flags = (*OUROBOROS, "--ouroboros-config", options)
+    kv = ("--kv-cache-memory-bytes", str(KV_BYTES[name]))
+    return Server(name, ("--model", str(pair / "target"), *EXACT, *SIZES, *flags, *kv), folder)
+
+
+def processes(group: int) -> Iterator[tuple[int, list[str]]]:
+    """Process id and fields of /proc/PID/stat, from the state on, of each process of a group."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):  # it may end while we read
             # the name, in parentheses, may hold anything
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:
-                yield fields
+                yield int(folder.name), fields
 
 
 def resident(pid: int) -> int:
     """Resident bytes of the process group of a process."""
-    return sum(int(fields[21]) for fields in _group(pid)) * os.sysconf("SC_PAGE_SIZE")
+    pages = sum(int(fields[21]) for _, fields in processes(os.getpgid(pid)))
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of the process group of a process."""
-    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _group(pid))
+    ticks = sum(int(f[11]) + int(f[12]) for _, f in processes(os.getpgid(pid)))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -178,12 +193,12 @@ class Guard:
 
 
 async def metrics(url: str) -> dict[str, float]:
-    """vLLM's counters and gauges by name, summed over labels."""
+    """Counters and gauges of vLLM and of ours by name, summed over labels."""
     async with httpx.AsyncClient(timeout=60) as client:
         text = (await client.get(f"{url}/metrics")).text
     totals: dict[str, float] = {}
     for line in text.splitlines():
-        if line.startswith("vllm:"):
+        if line.startswith(("vllm:", "ouroboros_")):
             name, value = line.split("{", 1)[0], line.rsplit(" ", 1)[1]
             totals[name] = totals.get(name, 0.0) + float(value)
     return totals

@@ -1,0 +1,53 @@
+"""A line through what was sampled over time, and how sure its slope is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+BLOCKS = 8
+"""Blocks that samples are resampled in, at least: one is longer than what repeats (a save)."""
+METHOD = f"least squares; moving-block bootstrap of its residuals, {RESAMPLES} resamples"
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Growth per hour with its 95 % interval, and the mean of what grows."""
+
+    per_hour: float
+    low: float
+    high: float
+    mean: float
+
+    @property
+    def flat(self) -> bool:
+        """Whether it may be nothing, or is below 1 % of the mean."""
+        return self.low <= 0 <= self.high or self.per_hour < 0.01 * self.mean
+
+    def as_dict(self) -> dict[str, float | bool]:
+        """For a file."""
+        return {**asdict(self), "flat": self.flat}
+
+
+def slope(seconds: Sequence[float], values: Sequence[float], seed: int = 0) -> Slope | None:
+    """The growth of values over time; None with too few of them.
+
+    Neighbouring samples say much the same, so residuals are drawn in runs of neighbours, which keep
+    that likeness.
+    """
+    hours, y = np.asarray(seconds, float) / 3600, np.asarray(values, float)
+    if len(y) < 4 * BLOCKS:
+        return None
+    centered = hours - hours.mean()
+    square = float(centered @ centered)
+    growth = float(centered @ y) / square
+    residuals = y - y.mean() - growth * centered
+    rng = np.random.default_rng(seed)
+    size = len(y) // BLOCKS
+    starts = rng.integers(0, len(y) - size + 1, (RESAMPLES, -(-len(y) // size)))
+    drawn = residuals[(starts[:, :, None] + np.arange(size)).reshape(RESAMPLES, -1)[:, : len(y)]]
+    low, high = np.percentile(growth + drawn @ centered / square, (2.5, 97.5))
+    return Slope(growth, float(low), float(high), float(y.mean()))

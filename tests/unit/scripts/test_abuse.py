@@ -1,0 +1,109 @@
+"""scripts/soak/abuse.py: what happens when, and how a run is judged."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "soak"))
+
+import abuse_verdicts as verdicts
+from abuse_latencies import Latency, compare
+from abuse_schedule import (
+    EVENTS,
+    Outage,
+    Span,
+    excuse,
+    plan,
+    save_seconds,
+    settled,
+    windows,
+)
+from abuse_slope import slope
+
+
+@pytest.mark.parametrize("minutes", [3, 60])
+def test_every_event_ends_before_the_next_one(minutes) -> None:
+    events = plan(minutes)
+    assert [one.name for one in events] == [name for name, _ in EVENTS]
+    assert all(one.at > minutes * 60 / 6 for one in events), "nothing breaks in the first window"
+    for one, other in itertools.pairwise(events):
+        assert one.at + one.seconds < other.at
+        assert one.name.endswith("killed") or one.seconds > save_seconds(minutes)
+    assert events[-1].at < minutes * 60
+
+
+def test_windows_cover_the_run() -> None:
+    found = windows(3600)
+    assert found[0] == Span(0, 600)
+    assert [one.end for one in found] == [600, 1200, 1800, 2400, 3000, 3600]
+
+
+def test_what_a_kill_excuses() -> None:
+    outages = [Outage(100, 130)]
+    assert excuse(outages, 90, 101) == "cut"
+    assert excuse(outages, 110, 111) == "refused"
+    assert excuse(outages, 50, 60) is None
+    assert excuse(outages, 131, 140) is None
+    assert settled(160, [Span(0, 100), Span(130)], 20)
+    assert not settled(140, [Span(0, 100), Span(130)], 20)
+    assert not settled(110, [Span(0, 100), Span(130)], 20)
+
+
+def test_growth_is_found_and_its_interval_holds_it() -> None:
+    rng = np.random.default_rng(0)
+    at = np.arange(0, 3600, 2.0)
+    noise = np.convolve(rng.normal(size=len(at) + 20), np.ones(20) / 20)[: len(at)] * 1e6
+    grown = slope(at, 2e9 + 50e6 * at / 3600 + noise)
+    assert grown.low < 50e6 < grown.high
+    assert grown.low > 30e6
+    assert not grown.flat, "more than 1 % an hour"
+    level = slope(at, 2e9 + noise)
+    assert level.flat
+    assert slope(at, 2e9 - 50e6 * at / 3600 + noise).flat, "it may shrink"
+    assert slope(at[:10], noise[:10]) is None
+
+
+def test_latencies_are_compared_probe_by_probe() -> None:
+    """The second window has other probes than the first: that is no change."""
+    spans = windows(60)
+    first = [Latency(0, 1, 1.0), Latency(0, 2, 3.0), Latency(0, 3, 1.2), Latency(1, 4, 10.0)]
+    alike, slower = [Latency(0, 11, 1.2)], [Latency(1, 21, 11.0), Latency(0, 22, 1.2)]
+    found = compare([*first, *alike, *slower], spans)
+    assert found[1].ratio == pytest.approx(1.0)
+    assert found[2].ratio == pytest.approx(12.2 / 11.2)
+    assert [one.steady for one in found] == [True, True, False, True, True, True]
+    assert found[3].seconds is None
+    assert verdicts.latency(found, judged=True).passed is False
+    assert verdicts.latency(found, judged=False).passed is None
+    assert verdicts.latency(found[:2], judged=True).passed is True
+
+
+def test_verdicts() -> None:
+    assert verdicts.requests({"answered": 9}, []).passed is True
+    assert verdicts.requests({}, []).passed is False
+    failed = verdicts.requests({"answered": 9}, [{"problems": ["no answer"]}])
+    assert failed.passed is False and "no answer" in failed.found
+    assert verdicts.connected([256] * 3, 256).passed is True
+    assert verdicts.connected([200] * 3, 256).passed is False
+    assert verdicts.log([]).passed is True
+    assert verdicts.log(["ERROR x"]).passed is False
+    check = {"when": "start", "right": 40, "of": 40}
+    assert verdicts.same_texts([check] * 4, 4).passed is True
+    assert verdicts.same_texts([check] * 3, 4).passed is False
+    assert verdicts.same_texts([check] * 3 + [{**check, "right": 39}], 4).passed is False
+    assert verdicts.speculation([{verdicts.ACCEPTED: 3.0}, {}]).passed is False
+    assert verdicts.speculation([{verdicts.ACCEPTED: 3.0}]).passed is True
+    event = {"event": "full", "problems": []}
+    assert verdicts.events([event], 1).passed is True
+    assert verdicts.events([event], 2).passed is False
+    assert verdicts.events([{**event, "problems": ["no save failed"]}], 1).passed is False
+    skipped = verdicts.events([{**event, "skipped": "no tmpfs"}], 1)
+    assert skipped.passed is True and "skipped: full (no tmpfs)" in skipped.found
+    assert verdicts.own_counters([{"ouroboros_faults_total": 1.0}]).passed is False
+    assert verdicts.own_counters([{"ouroboros_faults_total": 0.0}]).passed is True
+    assert verdicts.ended("the server ended").passed is False
