@@ -1,8 +1,8 @@
 """Engines, prompts and vanilla outputs shared by the end-to-end tests.
 
-Engines are slow to start, so tests say what they need by settings and an engine lives until other
-settings are asked for: at most one with Ouroboros and one vanilla. Vanilla outputs are computed
-once per (prompts, parameters).
+Engines are slow to start, so tests say what they need by settings, and an engine lives until others
+are asked for: at most two with Ouroboros and two vanilla. Vanilla outputs are computed once per
+(prompts, parameters).
 """
 
 from __future__ import annotations
@@ -131,26 +131,27 @@ def shut_down(llm) -> None:
 
 
 class Engines:
-    """One live engine, replaced when other arguments are asked for."""
+    """A few live engines; the one that was asked for longest ago gives way to another one."""
 
-    def __init__(self) -> None:
-        self._key = ""
-        self._llm = None
+    def __init__(self, most: int = 2) -> None:
+        self._most = most
+        self._live: dict[str, Any] = {}  # by their arguments, the last one last
 
     def get(self, **arguments):
         from vllm import LLM
 
         key = json.dumps(arguments, sort_keys=True)
-        if key != self._key:
-            self.close()
-            self._llm = LLM(**arguments)
-            self._key = key
-        return self._llm
+        if key in self._live:
+            self._live[key] = self._live.pop(key)
+        else:
+            while len(self._live) >= self._most:
+                shut_down(self._live.pop(next(iter(self._live))))
+            self._live[key] = LLM(**arguments)
+        return self._live[key]
 
     def close(self) -> None:
-        if self._llm is not None:
-            shut_down(self._llm)
-        self._llm, self._key = None, ""
+        while self._live:
+            shut_down(self._live.popitem()[1])
 
 
 class Vanilla:

@@ -54,7 +54,7 @@ CASES = (
         12,
         {"draft_model": None, "adaptive": False},
         3,
-        24,
+        16,
         {"tree", "graphs", "padded", "mixed", "walks"},
         {"max_num_batched_tokens": 48, "enable_chunked_prefill": True},  # chunks longer than trees
     ),
@@ -71,7 +71,7 @@ CASES = (
         8,
         {"draft_model": None},
         3,
-        24,
+        16,
         {"tree", "graphs", "padded", "walks"},
         {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
     ),
@@ -81,7 +81,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_vanilla(case, prompts, vanilla, tools) -> None:
     """Greedy requests, whose acceptance stays on the device, and a sampled one."""
-    some = prompts[: len(PARAMS)]
+    some = [ids[:64] for ids in prompts[: len(PARAMS)]]  # rows take long in the interpreter
     params = [{**one, "max_tokens": case.tokens} for one in PARAMS]
     expected = tools.tokens_of(vanilla(some, [SamplingParams(**one) for one in params]))
     job = {
