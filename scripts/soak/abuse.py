@@ -5,9 +5,9 @@
 A chat model with its draft head (`vllm-ouroboros fetch smollm2 --out build/smollm2`) is served
 with 256 connections. 34 clients always wait for an answer: 12 ask the same 40 probes again and
 again, whose answers are vanilla's and whose latencies are compared; 22 ask random requests, of all
-lengths, some of which must be refused, and some leave. 12 read slowly, which keeps two or three
-more requests running; 210 hold a connection and ask for /health now and then. So the queue is
-short, and as long at any time.
+lengths, some of which must be refused, and some leave. 12 read slowly, so that six or so more are
+in the engine; 210 hold a connection and ask for /health now and then. 32 requests run, and the
+queue is short and as long at any time.
 
 Meanwhile the pool's file is truncated, and replaced by garbage and by another tokenizer's; its
 folder is made read-only, and filled (as root: it is a tmpfs); the server's clock jumps forwards and
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,9 @@ class Abuse:
 
     async def run(self) -> None:
         """Do all of it; the server is stopped however it ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await self._ask_vanilla()
             await self.keeper.start()
@@ -88,14 +92,15 @@ class Abuse:
             self.left = await idle(self.keeper.url)
             end = await self.crowd.check("end")
             self.checks += [*self.events.checks, end]
-            await self.keeper.stop()
+            self.keeper.life.counters = await self.keeper.counters()
             self.why = None
+        except asyncio.CancelledError:
+            self.why = "it was ended from outside"
         except (EndedError, RuntimeError, httpx.HTTPError, OSError) as error:
             self.why = repr(error)
         finally:
             await self.crowd.close()
-            for life in self.keeper.lives:
-                life.server.stop()
+            self.keeper.stop()
             self.disk.close()
 
     async def _ask_vanilla(self) -> None:

@@ -118,18 +118,22 @@ class PoolDisk:
         """A block in which nothing can be written in the folder."""
         if self.missing:
             raise UnavailableError(f"there is no file system of its own: {self.missing}")
-        self._remount("ro")
+        if why := self._remount("ro"):
+            raise UnavailableError(why)
         try:
             yield
         finally:
-            self._remount("rw")
+            if why := self._remount("rw"):
+                raise RuntimeError(why)
 
-    def _remount(self, how: str) -> None:
+    def _remount(self, how: str) -> str:
+        """What went wrong with it, if anything."""
+        why = ""
         for _ in range(50):  # busy while a save writes
             if not (why := self._try("mount", "-o", f"remount,{how}", str(self._folder))):
-                return
+                break
             time.sleep(0.1)
-        raise UnavailableError(why)
+        return why
 
     @contextmanager
     def full(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ class Report:
         made_on = {
             "commit": commit(),
             "hardware": hardware(),
-            "versions": versions("vllm", "torch"),
+            "versions": versions(),
         }
         content = {
             "settings": dict(self.settings), **made_on,

@@ -177,13 +177,13 @@ class Keeper:
             await asyncio.sleep(0.5)
         return left
 
-    async def stop(self) -> None:
-        """End the server; what it counted is kept."""
+    def stop(self) -> None:
+        """End the present server, if there is one."""
         self.up.clear()
-        life = self.life
-        life.counters = await self.counters()
-        life.ended, life.sound = self.now(), life.server.log.stat().st_size
-        await asyncio.to_thread(life.server.stop)
+        for life in self.lives[-1:]:
+            if life.ended is None:
+                life.ended, life.sound = self.now(), life.server.log.stat().st_size
+            life.server.stop()
 
     async def counters(self) -> dict[str, float]:
         """What /metrics shows."""
@@ -197,10 +197,12 @@ class Keeper:
                 if not server.alive and self.up.is_set():
                     raise EndedError(f"{server.name} ended with {server.process.returncode}")
                 with contextlib.suppress(ProcessLookupError):
+                    each = resident(server.pid)
                     self.samples.append(
                         {
                             "at": round(self.now(), 1), "life": len(self.lives),
-                            "bytes": resident(server.pid), "connections": connections(server.port),
+                            "bytes": sum(each.values()), "each": each,
+                            "connections": connections(server.port),
                         }
                     )  # fmt: skip
             await asyncio.sleep(every)

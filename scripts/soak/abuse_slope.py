@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 BLOCKS = 8
 """Blocks that samples are resampled in, at least: one is longer than what repeats (a save)."""
 METHOD = f"least squares; moving-block bootstrap of its residuals, {RESAMPLES} resamples"

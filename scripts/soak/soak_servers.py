@@ -127,10 +127,10 @@ def processes(group: int) -> Iterator[tuple[int, list[str]]]:
                 yield int(folder.name), fields
 
 
-def resident(pid: int) -> int:
-    """Resident bytes of the process group of a process."""
-    pages = sum(int(fields[21]) for _, fields in processes(os.getpgid(pid)))
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def resident(pid: int) -> dict[int, int]:
+    """Resident bytes of each process of the group of a process."""
+    size = os.sysconf("SC_PAGE_SIZE")
+    return {one: int(fields[21]) * size for one, fields in processes(os.getpgid(pid))}
 
 
 def cpu_seconds(pid: int) -> float:
@@ -150,7 +150,7 @@ class Memory:
     async def watch(self) -> None:
         while True:
             with contextlib.suppress(ProcessLookupError):
-                self.samples.append(resident(self.pid))
+                self.samples.append(sum(resident(self.pid).values()))
             await asyncio.sleep(self.every)
 
     def quarter(self, which: int) -> float:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "soak"))
 
 import abuse_verdicts as verdicts
+from abuse_clock import DAY, ShiftedClock
 from abuse_latencies import Latency, compare
+from abuse_prompts import ChatPrompts
+from abuse_requests import CONTEXT, abuse_request, probe_requests
 from abuse_schedule import (
     EVENTS,
     Outage,
@@ -24,6 +31,8 @@ from abuse_schedule import (
     windows,
 )
 from abuse_slope import slope
+
+from vllm_ouroboros.cli.inputs import TARGET
 
 
 @pytest.mark.parametrize("minutes", [3, 60])
@@ -107,3 +116,41 @@ def test_verdicts() -> None:
     assert verdicts.own_counters([{"ouroboros_faults_total": 1.0}]).passed is False
     assert verdicts.own_counters([{"ouroboros_faults_total": 0.0}]).passed is True
     assert verdicts.ended("the server ended").passed is False
+
+
+def test_prompts_have_the_length_that_is_asked_for() -> None:
+    prompts = ChatPrompts(TARGET)
+    for tokens in (1, 7, 60, CONTEXT - 1, CONTEXT, 1500):
+        assert len(prompts.exact(random.Random(tokens), tokens)) == tokens
+
+
+def test_requests_of_a_seed_are_the_same_and_of_all_kinds() -> None:
+    prompts = ChatPrompts(TARGET)
+    asked = [abuse_request(i, 0, prompts) for i in range(120)]
+    assert asked[:5] == [abuse_request(i, 0, ChatPrompts(TARGET)) for i in range(5)]
+    for one in asked:
+        long = isinstance(ids := one.request.body["prompt"], list) and len(ids) >= CONTEXT
+        assert (one.refusal is not None) == (long or one.kind == "wrong_options")
+    assert {one.kind for one in asked} >= {"usual", "long", "options", "too_long"}
+    probes = probe_requests(prompts)
+    assert probes == probe_requests(ChatPrompts(TARGET))
+    assert all(probe.deterministic for probe in probes)
+
+
+def test_the_clock_of_another_process_jumps(tmp_path: Path) -> None:
+    clock = ShiftedClock(tmp_path)
+    if clock.missing:
+        pytest.skip(clock.missing)
+    code = (
+        "import threading, time; a = time.monotonic(); time.sleep(0.01)\n"
+        "threading.Event().wait(0.01); print(time.time(), time.monotonic() - a)"
+    )
+    for days in (0, 3, -5):
+        with clock.jumped(days):
+            done = subprocess.run(
+                [sys.executable, "-S", "-c", code], env={**os.environ, **clock.environment},
+                capture_output=True, text=True, timeout=30, check=True,
+            )  # fmt: skip
+        seen, waited = map(float, done.stdout.split())
+        assert abs(seen - time.time() - days * DAY) < 30
+        assert waited < 10
