@@ -69,11 +69,8 @@ def test_an_engines_life(seed, draft_len, window, rows, scope, overlap) -> None:
             break
         engine.step()
     assert not engine.sequences
-    for s in sequences:
-        noise = torch.Generator().manual_seed(s.params.seed) if s.params.temperature else None
-        expected = said(target, s.text[: s.prompt], len(s.text) - s.prompt, (1,), noise)
-        assert s.text[s.prompt :] == expected
-        assert len(s.text) <= 80
+    assert_said(target, sequences)
+    assert all(len(s.text) <= 80 for s in sequences)
     stats = proposer.stats()
     assert {key: stats[key] for key in engine.expected} == engine.expected
     assert stats["accepted_from_draft"] + stats["accepted_from_suffix"] == stats["accepted_tokens"]
@@ -133,12 +130,17 @@ def test_an_engines_life_with_faults(seed, share, adaptive) -> None:
             break
         engine.step()
     assert not engine.sequences
+    assert_said(target, sequences)
+    assert len(proposer.deferred) == 0
+    assert sorted(proposer.drafting._free) == [0, 1, 2, 3]
+
+
+def assert_said(target: Language, sequences: list[Sequence]) -> None:
+    """Every text is what the target says alone."""
     for s in sequences:
         noise = torch.Generator().manual_seed(s.params.seed) if s.params.temperature else None
         expected = said(target, s.text[: s.prompt], len(s.text) - s.prompt, (1,), noise)
         assert s.text[s.prompt :] == expected
-    assert len(proposer.deferred) == 0
-    assert sorted(proposer.drafting._free) == [0, 1, 2, 3]
 
 
 def simple(monkeypatch, **changes) -> OuroborosProposer:
