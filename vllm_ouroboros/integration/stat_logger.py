@@ -140,7 +140,7 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
         for i, (shown, number) in enumerate(zip(self._series[engine_idx], series, strict=True)):
             if i >= NUM_COUNTERS:
                 shown.set(number)
-            elif number:
+            elif number > 0:  # a counter takes nothing else, and an error here would end the server
                 shown.inc(number)
         for length, count in enumerate(lengths):
             for _ in range(count):
