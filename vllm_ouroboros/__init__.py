@@ -30,10 +30,11 @@ def stats(llm: Any) -> dict[str, int]:
         request, the one that ends its prompt included), ``steps_with_phrases`` and
         ``steps_with_draft`` (those that verified a tree, of phrases alone or not),
         ``emitted_tokens``, ``accepted_tokens`` = ``accepted_from_draft`` +
-        ``accepted_from_suffix``, ``verified_nodes``, ``expected_tokens`` (what the policy expected
-        to be accepted) and ``accepted_as_expected`` (what was, of the same trees), ``faults``,
-        ``pool_phrases``, ``pool_hits``, ``pool_lookups``, ``pool_from_*`` (insertions by source),
-        ``pool_bytes`` and ``tree_bytes``.
+        ``accepted_from_suffix`` + ``accepted_from_prediction``, ``verified_nodes``,
+        ``expected_tokens`` (what the policy expected to be accepted) and ``accepted_as_expected``
+        (what was, of the same trees), ``faults``, ``pool_phrases``, ``pool_hits``,
+        ``pool_lookups``, ``pool_from_*`` (insertions by source), ``pool_bytes`` and
+        ``tree_bytes``.
     """
     return llm.collective_rpc("ouroboros_stats")[0]
 

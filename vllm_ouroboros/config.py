@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
@@ -17,6 +17,9 @@ KEY = "ouroboros"
 """Of the options among those that others may have, of an engine and of a request."""
 PROPOSER = "vllm_ouroboros.OuroborosProposer"
 """What users pass as ``--speculative-model``."""
+
+
+_Options = TypeVar("_Options", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -68,10 +71,7 @@ class OuroborosConfig(BaseModel):
                 f'additional_config["ouroboros"] is {options!r}: pass a JSON object, '
                 'for example {"draft_model": "path"}'
             )
-        try:
-            config = cls(**options)
-        except ValidationError as error:
-            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
+        config = _checked(cls, options)
         if config.pool_path is not None and config.pool_scope == "request":
             raise ConfigError(
                 f"ouroboros.pool_path = {config.pool_path!r}: a pool with pool_scope = 'request' "
@@ -136,11 +136,7 @@ class RequestOptions(BaseModel):
             raise ConfigError(
                 f'{KEY} = {given!r:.200}: pass a JSON object, for example {{"learn": false}}'
             )
-        try:
-            return cls(**options)
-        except ValidationError as error:
-            lines = dict.fromkeys(_explain(cls, one) for one in error.errors())
-            raise ConfigError("; ".join(lines)) from None
+        return _checked(cls, options)
 
 
 DEFAULTS = RequestOptions.model_validate({})
@@ -158,6 +154,15 @@ def is_ours(speculative_config: SpeculativeConfig | None) -> bool:
 def is_selected(vllm_config: VllmConfig) -> bool:
     """Whether this engine asked for our proposer."""
     return is_ours(vllm_config.speculative_config)
+
+
+def _checked(cls: type[_Options], options: dict[str, Any]) -> _Options:
+    """The options of a class, or `ConfigError` with one line for each wrong key."""
+    try:
+        return cls(**options)
+    except ValidationError as error:  # of a union there is an error for each type that was tried
+        lines = dict.fromkeys(_explain(cls, one) for one in error.errors())
+        raise ConfigError("; ".join(lines)) from None
 
 
 def _explain(cls: type[BaseModel], error: Any) -> str:

@@ -204,9 +204,9 @@ class LiveRequests:
             if self.idle_save is not None and not self._requests:
                 self.idle_save.idle()
 
-    def room(self, request: Request, length: int, prompt: int) -> int:
-        """Nodes that may be drafted for a text of so many tokens, behind a prompt of so many."""
-        return min(self.max_model_len - length, request.max_tokens - length + prompt) - 1
+    def room(self, request: Request, length: int) -> int:
+        """Nodes that may be drafted for a request whose text has so many tokens."""
+        return min(self.max_model_len, request.prompt_len + request.max_tokens) - length - 1
 
     def tree_of(self, req_id: str, scheduled: list[int]) -> DraftTree | None:
         """The tree behind the flat tokens that the scheduler gives back.

@@ -188,14 +188,13 @@ class OuroborosProposer:
         del slot_mappings
         if self.ranks.follows:
             return self._follow()
-        given = sampled_token_ids, num_tokens_no_spec, token_ids_cpu
         with self.ranks.deciding(), self.clock.phase("propose"):
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             if self.pause.takes():
                 self.observation.pass_by(self.runner, sampled_token_ids)
             else:
                 try:
-                    drafts = self._step(*given)
+                    drafts = self._step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
                 except Exception as error:
                     self.recover(error)
             if self.ranks.leads:

@@ -61,7 +61,7 @@ class StepRequests(NamedTuple):
             if in_pool[slot] == 0:
                 new.append((slot, row, length - len(tokens)))
             texts.append((slot, row, length))
-            limit = requests.room(request, length, int(batch.num_prompt_tokens[row]))
+            limit = requests.room(request, length)
             if request.speculates and limit > 0 and tokens[-1] not in request.sampling.stops:
                 drafted.append((request, row, length, limit))
         return cls(
