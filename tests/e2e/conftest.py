@@ -12,6 +12,7 @@ import gc
 import importlib
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ import pytest
 import vllm_ouroboros
 
 from .adapters import adapters  # noqa: F401
+
+sys.path.append(str(Path(__file__).parent / "forked"))
+import engine_processes  # noqa: E402, F401
 
 PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 PROPOSER = "vllm_ouroboros.OuroborosProposer"

@@ -122,7 +122,8 @@ def test_step_by_step_or_at_once(predicted, steps) -> None:
             assert predicted[place - run : place] == text.text[len(text.text) - run :]
     once = Text(predicted)
     once.write(*[token for tokens in steps for token in tokens])
-    assert once.run >= min(text.run, SURE_RUN), "what is sure step by step is sure at once"
+    if text.run > 1:  # one token alone may stand anywhere: no place is looked for by it
+        assert once.run >= min(text.run, SURE_RUN), "what is sure step by step is sure at once"
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
