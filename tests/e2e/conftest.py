@@ -26,7 +26,7 @@ import vllm_ouroboros
 from .adapters import adapters  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent / "forked"))
-import engine_processes  # noqa: E402, F401
+import engine_processes  # noqa: F401
 
 PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 PROPOSER = "vllm_ouroboros.OuroborosProposer"

@@ -8,10 +8,10 @@ start as a user would are spawned as ever.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
-
-import torch
 
 IMPORTED = [
     __name__,
@@ -24,18 +24,26 @@ IMPORTED = [
 ]
 
 
+@contextmanager
+def replaced(**variables: str) -> Iterator[None]:
+    """With other environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 class Process(context.ForkServerProcess):
     """A fork that takes over the environment of the process that starts it."""
 
     def start(self) -> None:
         self.environment = dict(os.environ)
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-        try:
+        # OpenMP reads its variables when it is loaded, and no rank of a test has more than a core.
+        with replaced(PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1"):
             forkserver.ensure_running()
-        finally:
-            os.environ.pop("PYTHONPATH")
-            os.environ.update({"PYTHONPATH": path} if path else {})
         super().start()
 
     def run(self) -> None:
@@ -44,10 +52,8 @@ class Process(context.ForkServerProcess):
         # It asks the server that it came from, and does not start one of its own.
         forkserver._forkserver.ensure_running = resource_tracker.ensure_running
         forkserver.ensure_running = resource_tracker.ensure_running
-        # OpenMP read its own variables when it was loaded.
         if cores := os.environ.get("OMP_PLACES"):
             os.sched_setaffinity(0, {int(core) for core in cores.strip("{}").split(",")})
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         super().run()
 
 
