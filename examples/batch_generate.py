@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vllm_ouroboros.cli.batch.engines import engine_arguments
 from vllm_ouroboros.cli.batch.job import Job, Progress, connect, run
+from vllm_ouroboros.cli.inputs import json_object
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, help="a .jsonl file or a .parquet folder")
     parser.add_argument("--model", help="target: folder or hub id; default: the shipped one")
     parser.add_argument("--draft-model", help="folder or hub id, or 'none' for phrases alone")
+    parser.add_argument("--engine-args", default="{}", metavar="JSON", help="as of vllm.LLM")
     parser.add_argument("--replicas", type=int, nargs=2, default=(1, 1), metavar=("LEAST", "MOST"))
     parser.add_argument("--address", help="of a Ray cluster; default: a new local one")
     options = parser.parse_args()
@@ -29,8 +31,9 @@ def main() -> None:
     # engines of one model may learn from each other: {"pool_path": "/shared/pool.safetensors"}
     ouroboros: dict[str, object] = {}
     target, engine = engine_arguments(
-        options.model, options.draft_model, ouroboros, {"max_model_len": 512}
-    )
+        options.model, options.draft_model, ouroboros,
+        json_object(options.engine_args, "--engine-args", '{"max_model_len": 512}'),
+    )  # fmt: skip
     connect(options.address)
     job = Job(
         inputs=(options.rows,),

@@ -71,7 +71,10 @@ def main() -> None:
     serve.start(http_options={"host": options.host, "port": options.port})
     app = build_openai_app({
         "llm_configs": [llm_config(options)],
-        "ingress_deployment_config": {"autoscaling_config": {"min_replicas": 1}},
+        "ingress_deployment_config": {
+            "autoscaling_config": {"min_replicas": 1},
+            "ray_actor_options": {"num_cpus": 0},  # cores are for engines: it passes requests on
+        },
     })  # fmt: skip
     serve.run(app, blocking=True)
 

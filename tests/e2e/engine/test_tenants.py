@@ -28,6 +28,7 @@ def test_phrases_stay_with_their_tenant(ouroboros, prompts, tools):
     node for node, as if the first had never been there; within a tenant phrases are shared.
     """
     llm = ouroboros(options={"draft_model": None}, max_num_seqs=1)
+    vllm_ouroboros.reset_pool(llm)  # other tests had this engine
     some = prompts[:6]
     texts, cold = run(llm, tools, some, "one")
     assert run(llm, tools, some, "two") == (texts, cold)

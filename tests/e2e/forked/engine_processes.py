@@ -1,8 +1,8 @@
 """Engine processes that begin with vLLM imported, which takes seconds where each does it anew.
 
 vLLM spawns its processes on the CPU. Here they are forks of one process that has the imports and
-does nothing else. `conftest.py` has this folder on the path. Servers and programs that the tests
-start as a user would are spawned as ever.
+does nothing else. `conftest.py` has this folder on the path. Programs that the tests start as a
+user would (`test_soak.py`, the commands, the examples) spawn as ever.
 """
 
 from __future__ import annotations
