@@ -8,10 +8,9 @@ user would (`test_soak.py`, the commands, the examples) spawn as ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
+from unittest import mock
 
 IMPORTED = [
     __name__,
@@ -24,26 +23,15 @@ IMPORTED = [
 ]
 
 
-@contextmanager
-def replaced(**variables: str) -> Iterator[None]:
-    """With other environment variables."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 class Process(context.ForkServerProcess):
     """A fork that takes over the environment of the process that starts it."""
 
     def start(self) -> None:
         self.environment = dict(os.environ)
         # OpenMP reads its variables when it is loaded, and no rank of a test has more than a core.
-        with replaced(PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1"):
-            forkserver.ensure_running()
+        own = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        with mock.patch.dict(os.environ, own):
+            forkserver._forkserver.ensure_running()
         super().start()
 
     def run(self) -> None:
@@ -51,7 +39,6 @@ class Process(context.ForkServerProcess):
         os.environ.update(self.environment)
         # It asks the server that it came from, and does not start one of its own.
         forkserver._forkserver.ensure_running = resource_tracker.ensure_running
-        forkserver.ensure_running = resource_tracker.ensure_running
         if cores := os.environ.get("OMP_PLACES"):
             os.sched_setaffinity(0, {int(core) for core in cores.strip("{}").split(",")})
         super().run()
