@@ -4,10 +4,13 @@
 
 A chat model with its draft head (`vllm-ouroboros fetch smollm2 --out build/smollm2`) is served
 with 256 connections. 34 clients always wait for an answer: 12 ask the same 40 probes again and
-again, whose answers are vanilla's and whose latencies are compared; 22 ask random requests, of all
-lengths, some of which must be refused, and some leave. 12 read slowly, so that six or so more are
+again, whose answers are vanilla's and whose latencies are compared; 22 ask other requests, of all
+kinds and lengths, some of which must be refused, and some leave; the kinds come round every few
+minutes, so that the load is the same at any time. 12 read slowly, so that six or so more are
 in the engine; 210 hold a connection and ask for /health now and then. 32 requests run, and the
-queue is short and as long at any time.
+queue is short and as long at any time. tcmalloc (Debian: `libtcmalloc-minimal4`) is preloaded if
+it is installed, as vLLM asks for on the CPU: the C library's malloc leaves holes between buffers of
+many sizes, and memory creeps.
 
 Meanwhile the pool's file is truncated, and replaced by garbage and by another tokenizer's; its
 folder is made read-only, and filled (as root: it is a tmpfs); the server's clock jumps forwards and
@@ -41,8 +44,8 @@ from abuse_latencies import Window, compare
 from abuse_prompts import ChatPrompts
 from abuse_report import Report, write_lines
 from abuse_requests import probe_requests
-from abuse_schedule import LEAD, WINDOWS, plan, save_seconds, settled, windows
-from abuse_servers import EndedError, Keeper, abused_server, vanilla_server
+from abuse_schedule import LEAD, WINDOWS, Span, plan, save_seconds, settled, windows
+from abuse_servers import ALLOCATOR, EndedError, Keeper, abused_server, vanilla_server
 from abuse_slope import Slope, slope
 from soak_answers import References, ask
 from soak_requests import Request, reference_body
@@ -145,10 +148,13 @@ class Abuse:
     # -- afterwards ----------------------------------------------------------------------------
 
     def windows(self) -> list[Window]:
-        """Latencies by window, without those after a start of the server."""
+        """Latencies by window, without those after a start of the server; the last one is all that
+        comes after the first.
+        """
         lives, lead = [life.span for life in self.keeper.lives], LEAD * self.seconds
         kept = [one for one in self.crowd.latencies if settled(one.at, lives, lead)]
-        return compare(kept, windows(self.seconds))
+        spans = windows(self.seconds)
+        return compare(kept, [*spans, Span(spans[0].end, spans[-1].end)])
 
     def growth(self, number: int) -> Slope | None:
         """How the memory of a life grew after its warm-up."""
@@ -194,7 +200,10 @@ class Abuse:
         ]  # fmt: skip
         report = Report(
             rows, self.windows(), lives, self.events.rows, self.checks, dict(crowd.counts),
-            {"minutes": self.args.minutes, "seed": self.args.seed, "target": self.args.target.name},
+            {
+                "minutes": self.args.minutes, "seed": self.args.seed,
+                "target": self.args.target.name, "malloc": ALLOCATOR or "the C library's",
+            },
         )  # fmt: skip
         report.write(out)
         print(report.table())

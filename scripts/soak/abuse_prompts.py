@@ -105,6 +105,27 @@ class ChatPrompts:
         return ids[-tokens:]
 
 
+class Worded:
+    """The prompts of one request: words come from a source of their own, not from the caller's.
+
+    Args:
+        prompts: to draw from.
+        seed: of the words.
+    """
+
+    def __init__(self, prompts: ChatPrompts, seed: str) -> None:
+        self._prompts, self.vocabulary = prompts, prompts.vocabulary
+        self._words = random.Random(f"words:{seed}")
+
+    def draw(self, rng: random.Random, tokens: int) -> str | list[int]:
+        """As `ChatPrompts.draw`; the caller's source stays where it is."""
+        return self._prompts.draw(self._words, tokens)
+
+    def exact(self, rng: random.Random, tokens: int) -> list[int]:
+        """As `ChatPrompts.exact`; the caller's source stays where it is."""
+        return self._prompts.exact(self._words, tokens)
+
+
 def fill(rng: random.Random, template: str) -> str:
     """A template with words in its places."""
     words = {place: rng.choice(choices) for place, choices in WORDS.items()}

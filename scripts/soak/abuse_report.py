@@ -65,9 +65,9 @@ class Report:
             f"Commit {made_on['commit']}, {hardware_line(made_on['hardware'])}, "
             f"{made_on['versions']}.",
             _rows(("verdict", "what", "found"), ((r.verdict, r.name, r.found) for r in self.rows)),
-            "## Latency of the probes\n\nMean over the probes of each one's median, beside the "
-            "same probes' in the first window.",
-            _rows(("minutes", "answers", "seconds", "ratio"), map(_window, self.windows)),
+            "## Latency of the probes\n\nMedians. The ratio is of latencies divided by the "
+            "same probe's in the first window.",
+            _rows(("minutes", "answers", "seconds", "ratio, 95 %"), map(_window, self.windows)),
             "## Memory of each life",
             _rows(("life", "ready (s)", "ended (s)", "MB an hour, 95 %"), map(_life, self.lives)),
             "## Events",
@@ -89,6 +89,8 @@ def _window(window: Window) -> tuple[object, ...]:
     begin, end = window.span.begin / 60, window.span.end / 60
     seconds = "" if window.seconds is None else f"{window.seconds:.2f}"
     ratio = "" if window.ratio is None else f"{window.ratio:.3f}"
+    if window.low is not None:
+        ratio += f" ({window.low:.3f} to {window.high:.3f})"
     return f"{begin:g} to {end:g}", window.answers, seconds, ratio
 
 

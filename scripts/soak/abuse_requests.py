@@ -7,12 +7,15 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from abuse_prompts import NOTES, ChatPrompts, fill
+from abuse_prompts import NOTES, ChatPrompts, Worded, fill
 from soak_requests import Request, random_request
 
 CONTEXT = 1024
 """Tokens of prompt and output together (--max-model-len)."""
 PROBES = 40
+SHAPES, SLOW_SHAPES = 120, 48
+"""So many requests have shapes of their own: kind, parameters and lengths, of which each window of
+a run has the same mix. Words are of each request alone."""
 KINDS = {"usual": 79, "long": 8, "options": 8, "longest": 1, "too_long": 2, "wrong_options": 2}
 """Kinds of requests, and how many of 100 are of each."""
 WITHOUT = frozenset({"priority"})
@@ -29,31 +32,32 @@ class Asked:
 
 def abuse_request(index: int, seed: int, prompts: ChatPrompts) -> Asked:
     """The request of an index."""
-    rng = random.Random(f"abuse:{seed}:{index}")
+    shape = index % SHAPES
+    rng = random.Random(f"abuse:{seed}:{shape}")
+    worded = Worded(prompts, f"{seed}:{index}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    if kind == "usual":
-        return Asked(kind, random_request(index, seed, prompts, WITHOUT))
-    if kind == "options":
-        usual = random_request(index, seed, prompts, WITHOUT)
-        return Asked(kind, _with_options(usual, _options(rng)))
+    if kind in ("usual", "options"):
+        usual = replace(random_request(shape, seed, worded, WITHOUT), index=index)
+        return Asked(kind, usual if kind == "usual" else _with_options(usual, _options(rng)))
     if kind == "wrong_options":
         wrong, named = _wrong_options(rng)
-        body = _plain(prompts.draw(rng, 40), rng.randint(4, 16))
+        body = _plain(worded.draw(rng, 40), rng.randint(4, 16))
         return Asked(kind, _with_options(Request(index, body), wrong), named)
     if kind == "long":
-        body = _plain(prompts.exact(rng, rng.randint(400, 900)), rng.randint(8, 64))
+        body = _plain(worded.exact(rng, rng.randint(400, 900)), rng.randint(8, 64))
         return Asked(kind, Request(index, body | _maybe_sampled(rng)))
     if kind == "longest":
-        return Asked(kind, Request(index, _plain(prompts.exact(rng, CONTEXT - 1), 1)))
+        return Asked(kind, Request(index, _plain(worded.exact(rng, CONTEXT - 1), 1)))
     over = rng.choice((0, 0, rng.randint(1, 1000)))
-    body = _plain(prompts.exact(rng, CONTEXT + over), 1)
+    body = _plain(worded.exact(rng, CONTEXT + over), 1)
     return Asked(kind, Request(index, body), str(CONTEXT) if over else "max_tokens")
 
 
 def slow_request(index: int, seed: int, prompts: ChatPrompts) -> Asked:
     """What a client asks that reads a piece, waits, and reads the next one."""
-    rng = random.Random(f"slow:{seed}:{index}")
-    body = _plain(prompts.draw(rng, rng.randint(40, 160)), 48)
+    rng = random.Random(f"slow:{seed}:{index % SLOW_SHAPES}")
+    worded = Worded(prompts, f"slow:{seed}:{index}")
+    body = _plain(worded.draw(rng, rng.randint(40, 160)), 48)
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     return Asked("slow", Request(index, body | stream, pause_seconds=rng.uniform(1, 3)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes.util
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ SIZES = ("--max-model-len", str(CONTEXT), "--max-num-seqs", "32")
 KV_BYTES = ("--kv-cache-memory-bytes", str(2**29))
 """Room for 11,600 tokens: enough for 32 usual requests, so that preemptions are rare."""
 DYING_SECONDS = 60
+ALLOCATOR = ctypes.util.find_library("tcmalloc_minimal")
+"""What vLLM asks for on the CPU in place of the C library's malloc; None if it is not installed."""
 
 
 class EndedError(Exception):
@@ -51,6 +54,8 @@ def abused_server(
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # vLLM hangs up on idle clients after 5 s
         **clock.environment,
     }
+    preloaded = (environment.get("LD_PRELOAD"), ALLOCATOR)
+    environment["LD_PRELOAD"] = ":".join(filter(None, preloaded))
     return Server(name, flags, disk.path.parents[1], environment)
 
 

@@ -46,8 +46,13 @@ def slope(seconds: Sequence[float], values: Sequence[float], seed: int = 0) -> S
     growth = float(centered @ y) / square
     residuals = y - y.mean() - growth * centered
     rng = np.random.default_rng(seed)
-    size = len(y) // BLOCKS
-    starts = rng.integers(0, len(y) - size + 1, (RESAMPLES, -(-len(y) // size)))
-    drawn = residuals[(starts[:, :, None] + np.arange(size)).reshape(RESAMPLES, -1)[:, : len(y)]]
+    drawn = moving_blocks(residuals, RESAMPLES, rng)
     low, high = np.percentile(growth + drawn @ centered / square, (2.5, 97.5))
     return Slope(growth, float(low), float(high), float(y.mean()))
+
+
+def moving_blocks(values: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:
+    """Resamples of a series in runs of neighbours, [times, len(values)]."""
+    size = len(values) // BLOCKS
+    starts = rng.integers(0, len(values) - size + 1, (times, -(-len(values) // size)))
+    return values[(starts[:, :, None] + np.arange(size)).reshape(times, -1)[:, : len(values)]]
