@@ -3,14 +3,20 @@
 Kernels run in Triton's interpreter. Only what needs a device is replaced: vLLM's attention for
 rows without trees (by the oracle), and graphs: the draft model's by calling the function again,
 the target's by running it on the padded rows and the static buffers that a graph would read.
-Run as a program by `test_cuda_path.py`; prints one JSON line.
+Run as a program by `test_cuda_path.py`: for each line of JSON that it reads it prints one. Each
+engine lives in a fork of this process, which has the imports.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import ClassVar
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -37,7 +43,8 @@ from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
 
 CALLS = {"tree": 0, "graphs": 0, "padded": 0, "mixed": 0, "replays": 0, "walks": 0}
-draft_graphs.SIZES = 32, 96  # interpreted rows take long
+JOB_SECONDS = 600
+draft_graphs.SIZES = 16, 96  # interpreted rows take long
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -161,17 +168,46 @@ def spare_llvmlite() -> None:
     wrapper.__getattr__ = getattr_
 
 
-def main() -> None:
-    """Read {engine, prompts, params} from stdin; print tokens, stats and what was called."""
-    job = json.load(sys.stdin)
-    spare_llvmlite()
-    sys.modules["interpreted"] = sys.modules["__main__"]
-    compat.WORKERS["cpu"] = f"{__name__}.Worker"
+def in_one_chunk(call: Callable[[], None]) -> None:
+    """Call it behind a frame of 70,000 variables, whose chunk of the stack has room for all others.
+
+    CPython 3.11 has frames in chunks of 16 KiB, and a loop whose calls cross the end of one maps
+    and unmaps the next one each time: half of the interpreter's time.
+    """
+    names = "".join(f"a{i} = " for i in range(70_000))
+    exec(f"def wide(call):\n    return call()\n    {names}0", found := {})
+    found["wide"](call)
+
+
+def run(job: dict, answers: Connection) -> None:
+    """Send {tokens, stats, calls} of a job {engine, prompts, params}, what was called among it."""
     llm = LLM(**job["engine"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     params = [SamplingParams(**one) for one in job["params"]]
     tokens = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
-    print(json.dumps({"tokens": tokens, "stats": vllm_ouroboros.stats(llm), "calls": CALLS}))
+    answers.send({"tokens": tokens, "stats": vllm_ouroboros.stats(llm), "calls": CALLS})
+
+
+def main() -> None:
+    """A fork for each job; the answer to one that fails is {}."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    spare_llvmlite()
+    sys.modules["interpreted"] = sys.modules["__main__"]
+    compat.WORKERS["cpu"] = f"{__name__}.Worker"
+    forks = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        answers, sending = forks.Pipe(duplex=False)
+        call = partial(run, json.loads(line), sending)
+        child = forks.Process(target=in_one_chunk, args=(call,))
+        child.start()
+        sending.close()
+        answer = {}
+        with contextlib.suppress(EOFError):
+            if answers.poll(JOB_SECONDS):
+                answer = answers.recv()
+        child.kill()
+        print(json.dumps(answer), file=output, flush=True)
 
 
 if __name__ == "__main__":
