@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import httpx
 import pytest
 from vllm import SamplingParams
 
-from ..servers import free_port, stop
+from ..ray_programs import ENGINE, EXAMPLES, START_SECONDS, ray_environment, serving_on_ray
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
-          "kv_cache_memory_bytes": 2**27, "enforce_eager": True}  # fmt: skip
 NEW_TOKENS = 256  # what batch_generate.py asks for
-START_SECONDS = 400
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment():
-    """Of a cluster on a machine whose cores other tests use."""
-    with pytest.MonkeyPatch.context() as context:
-        context.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # `kv_cache_memory_bytes` counts
-        context.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        context.setenv("RAY_AUTH_MODE", "disabled")
+def _environment():
+    with ray_environment():
         yield
 
 
@@ -61,28 +48,8 @@ def test_batch_generate(texts, expected, tmp_path) -> None:
 
 
 def test_serve_ray(texts, expected, tmp_path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    command = [
-        *(sys.executable, "-P", str(EXAMPLES / "serve_ray.py"), "--name", "tiny"),
-        *("--port", str(port), "--engine-args", json.dumps(ENGINE)),
-    ]
-    with log.open("wb") as written:
-        server = subprocess.Popen(
-            command, stdout=written, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}/v1/completions"
     body = {"model": "tiny", "prompt": texts[0], "temperature": 0, "max_tokens": NEW_TOKENS}
-    try:
-        until, answer = time.monotonic() + START_SECONDS, None
-        while answer is None or answer.status_code != 200:
-            ended = server.poll() is not None or time.monotonic() > until
-            assert not ended, log.read_text(errors="replace")[-4000:]
-            with contextlib.suppress(httpx.TransportError):
-                answer = httpx.post(url, json=body, timeout=120)
-            time.sleep(1)
+    with serving_on_ray(tmp_path) as address:
+        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == expected[0]
-    finally:
-        os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(90)
-        stop(server)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,8 @@ import pytest
 from openai import APIStatusError, OpenAI
 from vllm import SamplingParams
 
-from ..servers import free_port, stop
+from ..ray_programs import ENGINE, ray_environment, serving_on_ray
+from ..servers import stop
 from .test_tensor_parallel import ENGINES
 
 CLUSTER = """
@@ -83,18 +83,13 @@ if __name__ == "__main__":
 """
 pytestmark = pytest.mark.skipif("RAY" not in os.environ, reason="RAY=1 runs them, alone")
 NEW_TOKENS = 48
-ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
-          "kv_cache_memory_bytes": 2**27, "enforce_eager": True}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Path]:
     """A Ray cluster, whose address is in the environment; its folder."""
     folder = tmp_path_factory.mktemp("cluster")
-    with pytest.MonkeyPatch.context() as context:
-        context.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # `kv_cache_memory_bytes` counts
-        context.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        context.setenv("RAY_AUTH_MODE", "disabled")
+    with ray_environment() as context:
         context.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
         context.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
         with (folder / "log").open("wb") as log:
@@ -219,33 +214,6 @@ def test_serving_scales_without_loss(cluster, asked, tmp_path) -> None:
     """From one replica to two under load; then the engine of one dies."""
     some = [one.prompt for one in asked[:24]]
     expected = [one.text for one in asked[:24]]
-    port, log = free_port(), tmp_path / "log"
-    example = Path(__file__).parents[3] / "examples" / "serve_ray.py"
-    command = [
-        *(sys.executable, "-P", str(example), "--name", "tiny", "--port", str(port)),
-        *("--address", os.environ["RAY_ADDRESS"], "--engine-args", json.dumps(ENGINE)),
-        *("--ouroboros-config", '{"adaptive": false}'),
-        *("--replicas", "1-2", "--requests", "2", "--delay", "1"),
-    ]
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
-        )
-    client = OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300
-    )
-
-    def ask(text: str) -> str:
-        answer = client.completions.create(
-            model="tiny", prompt=text, temperature=0, max_tokens=NEW_TOKENS
-        )
-        return answer.choices[0].text
-
-    def serves() -> bool:
-        try:
-            return bool(client.models.list().data)
-        except Exception:
-            return False
 
     def replicas() -> list[psutil.Process]:
         return [
@@ -254,37 +222,41 @@ def test_serving_scales_without_loss(cluster, asked, tmp_path) -> None:
             if any("VLLM::Worker" in title_of(child) for child in below(one))
         ]
 
-    try:
-        wait_until(serves, server, log, "no server")
+    more = (
+        *("--address", os.environ["RAY_ADDRESS"], "--ouroboros-config", '{"adaptive": false}'),
+        *("--replicas", "1-2", "--requests", "2", "--delay", "1"),
+    )
+    with serving_on_ray(tmp_path, *more) as address, ThreadPoolExecutor(8) as threads:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
+
+        def ask(text: str) -> str:
+            answer = client.completions.create(
+                model="tiny", prompt=text, temperature=0, max_tokens=NEW_TOKENS
+            )
+            return answer.choices[0].text
+
         until, both = time.monotonic() + 240, 0
-        with ThreadPoolExecutor(8) as threads:
-            while both < 2 and time.monotonic() < until:  # two rounds with both replicas
-                assert [*threads.map(ask, some)] == expected
-                both += len(replicas()) == 2
-            assert both == 2, "no second replica"
-            # what runs in a replica whose engine dies is lost, and nothing else
-            [engine] = [one for one in below(replicas()[0]) if "VLLM::Worker" in title_of(one)]
-            asked_for = count()
+        while both < 2 and time.monotonic() < until:  # two rounds with both replicas
+            assert [*threads.map(ask, some)] == expected
+            both += len(replicas()) == 2
+        assert both == 2, "no second replica"
+        # what runs in a replica whose engine dies is lost, and nothing else
+        [engine] = [one for one in below(replicas()[0]) if "VLLM::Worker" in title_of(one)]
+        asked_for = count()
 
-            def attempt(i: int) -> str | Exception:
-                if next(asked_for) == 16:
-                    engine.kill()
-                try:
-                    return ask(some[i])
-                except APIStatusError as error:
-                    return error
+        def attempt(i: int) -> str | Exception:
+            if next(asked_for) == 16:
+                engine.kill()
+            try:
+                return ask(some[i])
+            except APIStatusError as error:
+                return error
 
-            order = [*range(24)] * 3
-            found = [*threads.map(attempt, order)]
-        lost = [one for one in found if not isinstance(one, str)]
-        assert len(lost) <= 8, f"{len(lost)} requests failed, of 8 at a time"
-        assert all(one in (expected[i], *lost) for i, one in zip(order, found, strict=True))
-    finally:
-        os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down
-        try:
-            server.wait(120)
-        finally:
-            stop(server)
+        order = [*range(24)] * 3
+        found = [*threads.map(attempt, order)]
+    lost = [one for one in found if not isinstance(one, str)]
+    assert len(lost) <= 8, f"{len(lost)} requests failed, of 8 at a time"
+    assert all(one in (expected[i], *lost) for i, one in zip(order, found, strict=True))
 
 
 def test_ranks_on_ray(cluster, pair, asked, tools, tmp_path) -> None:

@@ -1,0 +1,73 @@
+"""Programs that start engines on Ray, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from .servers import free_port, stop
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
+          "kv_cache_memory_bytes": 2**27, "enforce_eager": True}  # fmt: skip
+"""Engine arguments of the engines of such a program."""
+START_SECONDS = 400
+
+
+@contextlib.contextmanager
+def ray_environment() -> Iterator[pytest.MonkeyPatch]:
+    """The environment such programs need, until it is left; more can be set in it."""
+    with pytest.MonkeyPatch.context() as context:
+        context.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # `kv_cache_memory_bytes` counts
+        context.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        context.setenv("RAY_AUTH_MODE", "disabled")
+        yield context
+
+
+@contextlib.contextmanager
+def serving_on_ray(folder: Path, *more: str) -> Iterator[str]:
+    """Base address of examples/serve_ray.py, whose model is called ``tiny``.
+
+    Args:
+        folder: for its log.
+        more: arguments of the example.
+    """
+    port, log = free_port(), folder / "log"
+    command = [
+        *(sys.executable, "-P", str(EXAMPLES / "serve_ray.py"), "--name", "tiny"),
+        *("--port", str(port), "--engine-args", json.dumps(ENGINE), *more),
+    ]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+        )
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+    try:
+        while not _has_models(address):
+            if server.poll() is not None or time.monotonic() > until:
+                pytest.fail(f"no server:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(120)
+        stop(server)
+
+
+def _has_models(address: str) -> bool:
+    """Whether a server answers and has a model."""
+    with contextlib.suppress(httpx.TransportError):
+        answer = httpx.get(f"{address}/v1/models", timeout=60)
+        return answer.status_code == 200 and bool(answer.json()["data"])
+    return False
