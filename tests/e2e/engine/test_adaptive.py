@@ -57,9 +57,10 @@ def engine(ouroboros):
 def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools) -> None:
     """With the costs of this machine, which may make drafting pay or not."""
     greedy = SamplingParams(**GREEDY)
-    expected = tools.tokens_of(vanilla(prompts, greedy))
+    some = prompts[:24]
+    expected = tools.tokens_of(vanilla(some, greedy))
     with tools.Used(engine) as used:
-        outputs = tools.generate(engine, prompts, greedy, one_by_one)
+        outputs = tools.generate(engine, some, greedy, one_by_one)
     assert tools.tokens_of(outputs) == expected
     assert used["emitted_tokens"] == used["accepted_tokens"] + used["steps"]
     assert used["verified_nodes"] < 26 * used["steps"]  # it chooses

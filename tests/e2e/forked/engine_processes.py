@@ -1,17 +1,21 @@
 """Engine processes that begin with vLLM imported, which takes seconds where each does it anew.
 
 vLLM spawns its processes on the CPU. Here they are forks of one process that has the imports and
-does nothing else. `conftest.py` has this folder on the path. Programs that the tests start as a
-user would (`test_soak.py`, the commands, the examples) spawn as ever.
+does nothing else, and one that waits for another sleeps, where vLLM's would keep a core busy that
+other tests want. Programs that the tests start as a user would (`test_soak.py`, the commands, the
+examples) spawn and spin as ever. `conftest.py` has this folder on the path.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
 
+WAIT_SECONDS = 2e-4
+"""Between two looks whether another process has sent something."""
 IMPORTED = [
     __name__,
     "vllm",
@@ -41,6 +45,9 @@ class Process(context.ForkServerProcess):
         forkserver._forkserver.ensure_running = resource_tracker.ensure_running
         if cores := os.environ.get("OMP_PLACES"):
             os.sched_setaffinity(0, {int(core) for core in cores.strip("{}").split(",")})
+        from vllm.distributed.device_communicators import shm_broadcast
+
+        shm_broadcast.sched_yield = lambda: time.sleep(WAIT_SECONDS)
         super().run()
 
 

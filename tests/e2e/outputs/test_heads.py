@@ -22,6 +22,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 
 
 @pytest.fixture(scope="module")
+def some(prompts) -> list[list[int]]:
+    return prompts[:24]
+
+
+@pytest.fixture(scope="module")
 def head(tmp_path_factory) -> str:
     """For the shipped target, with a vocabulary of 1024 tokens."""
     folder = tmp_path_factory.mktemp("head")
@@ -35,18 +40,17 @@ def head(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["batch 8", "batch 1"])
-def test_greedy_equals_vanilla(one_by_one, head, prompts, vanilla, ouroboros, tools) -> None:
+def test_greedy_equals_vanilla(one_by_one, head, some, vanilla, ouroboros, tools) -> None:
     llm = ouroboros(options={"draft_model": head})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(some, GREEDY))
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY, one_by_one)
+        outputs = tools.generate(llm, some, GREEDY, one_by_one)
     assert tools.tokens_of(outputs) == expected
     assert used["draft_forwards"] > 0
     assert used["verified_nodes"] > used["steps"]
 
 
-def test_seeded_sampling_equals_vanilla(head, prompts, vanilla, ouroboros, tools) -> None:
-    some = prompts[:16]
+def test_seeded_sampling_equals_vanilla(head, some, vanilla, ouroboros, tools) -> None:
     params = [
         SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=24) for i in range(len(some))
     ]
@@ -55,14 +59,14 @@ def test_seeded_sampling_equals_vanilla(head, prompts, vanilla, ouroboros, tools
     assert tools.tokens_of(tools.generate(llm, some, params)) == expected
 
 
-def test_chunks_and_cached_prefixes(head, prompts, vanilla, ouroboros, tools) -> None:
+def test_chunks_and_cached_prefixes(head, some, vanilla, ouroboros, tools) -> None:
     """Features of a prompt come in pieces, or not at all."""
     llm = ouroboros(
         options={"draft_model": head}, enable_prefix_caching=True, max_num_batched_tokens=64
     )
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(some, GREEDY))
     for _ in range(2):  # the second time prompts are cached
-        assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
+        assert tools.tokens_of(tools.generate(llm, some, GREEDY)) == expected
 
 
 def test_preempted_requests(head, prompts, vanilla, ouroboros, tools) -> None:
@@ -80,7 +84,7 @@ def test_preempted_requests(head, prompts, vanilla, ouroboros, tools) -> None:
 # -- the shipped head --------------------------------------------------------------------------
 
 
-def test_the_shipped_head_is_worth_its_forwards(prompts, vanilla, ouroboros, tools) -> None:
+def test_the_shipped_head_is_worth_its_forwards(some, vanilla, ouroboros, tools) -> None:
     """Of its chains of three tokens nearly one is accepted on average, at least.
 
     A cached prefix costs hardly any of that: the head's own KV comes with the blocks.
@@ -90,36 +94,34 @@ def test_the_shipped_head_is_worth_its_forwards(prompts, vanilla, ouroboros, too
         enable_prefix_caching=True,
     )
     llm.reset_prefix_cache()
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(some, GREEDY))
     accepted = []
     for _ in range(2):
         with tools.Used(llm) as used:
-            outputs = tools.generate(llm, prompts, GREEDY, one_by_one=True)
+            outputs = tools.generate(llm, some, GREEDY, one_by_one=True)
         assert tools.tokens_of(outputs) == expected
         assert used["accepted_from_draft"] > used["steps"] * 0.8
         accepted.append(used["accepted_from_draft"])
     assert accepted[1] > 0.9 * accepted[0]
 
 
-def test_trees_of_the_policy(prompts, vanilla, ouroboros, tools) -> None:
+def test_trees_of_the_policy(some, vanilla, ouroboros, tools) -> None:
     """Whatever it makes of the head: how much that drafts depends on what forwards cost here."""
     llm = ouroboros(options={"draft_model": TRAINED, "adaptive": True})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(some, GREEDY))
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY)
+        outputs = tools.generate(llm, some, GREEDY)
     assert tools.tokens_of(outputs) == expected
     assert used["draft_forwards"] > 0
 
 
-def test_stock_vllm_accepts_what_the_shipped_head_drafts(
-    prompts, vanilla, ouroboros, tools
-) -> None:
+def test_stock_vllm_accepts_what_the_shipped_head_drafts(some, vanilla, ouroboros, tools) -> None:
     method = {"method": "eagle", "model": TRAINED, "num_speculative_tokens": 3}
     llm = ouroboros(speculative_config=method, additional_config={})
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(some, GREEDY))
     names = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
     before = [tools.metric(llm, name) for name in names]
-    assert tools.tokens_of(tools.generate(llm, prompts, GREEDY)) == expected
+    assert tools.tokens_of(tools.generate(llm, some, GREEDY)) == expected
     drafts, accepted = (
         tools.metric(llm, name) - was for name, was in zip(names, before, strict=True)
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "size": {"type": "integer"}},
@@ -41,7 +39,7 @@ CASES = {
     "repetition_penalty": lambda i: greedy(repetition_penalty=1.3),
     "presence_penalty": lambda i: drawn(i, presence_penalty=0.8),
     "frequency_penalty": lambda i: greedy(frequency_penalty=0.6),
-    "min_tokens": lambda i: drawn(i, min_tokens=24, stop_token_ids=[5, 20]),
+    "min_tokens": lambda i: drawn(i, min_tokens=16, stop_token_ids=[5, 20]),
     "stop": lambda i: drawn(i, stop=["\n\n", "self"]),
     "ignore_eos": lambda i: drawn(i, ignore_eos=True),
     "bad_words": lambda i: greedy(bad_words=["return", " self", "if"]),
@@ -97,7 +95,7 @@ def test_equals_vanilla(case, ouroboros, prompts, vanilla, tools):
 
 def test_all_kinds_in_one_batch(ouroboros, prompts, vanilla, tools):
     """Requests of every kind above share the batches of one run."""
-    params = [CASES[case](i) for i, case in zip(range(44), itertools.cycle(CASES))]
+    params = [case(i) for i, case in enumerate(CASES.values())]
     some = prompts[: len(params)]
     expected = vanilla(some, params)
     with tools.Used(ouroboros()) as used:
@@ -107,16 +105,16 @@ def test_all_kinds_in_one_batch(ouroboros, prompts, vanilla, tools):
 
 
 def test_seeds_give_the_tokens_of_vanilla(ouroboros, prompts, vanilla, tools):
-    """100 requests, batch 8, temperatures from 0.3 to 1.3."""
-    some = [prompts[i % len(prompts)] for i in range(100)]
+    """50 requests, batch 8, temperatures from 0.3 to 1.3."""
+    some = prompts[:50]
     params = [
         drawn(
             1000 + i,
-            temperature=0.3 + 0.01 * i,
+            temperature=0.3 + 0.02 * i,
             top_p=1.0 if i % 3 else 0.9,
             top_k=0 if i % 4 else 40,
         )
-        for i in range(100)
+        for i in range(len(some))
     ]
     expected = vanilla(some, params)
     with tools.Used(ouroboros()) as used:

@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..adapters import ENGINE as WITH_ADAPTERS
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 ONE = {name: WITH_ADAPTERS[name] for name in ("enable_lora", "max_loras", "max_lora_rank")}
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **ONE}
 ENGINES = {
