@@ -24,6 +24,9 @@ ENGINE = b"VLLM::EngineCore"
 SIZES = ("--max-model-len", str(CONTEXT), "--max-num-seqs", "32")
 KV_BYTES = ("--kv-cache-memory-bytes", str(2**29))
 """Room for 11,600 tokens: enough for 32 usual requests, so that preemptions are rare."""
+POOL_CAPACITY = 2**14
+"""Keys of the pool: so few that it is full within minutes. A pool that fills takes more memory, and
+so does each save of it; what grows afterwards is not the pool."""
 DYING_SECONDS = 60
 ALLOCATOR = ctypes.util.find_library("tcmalloc_minimal")
 """What vLLM asks for on the CPU in place of the C library's malloc; None if it is not installed."""
@@ -42,7 +45,9 @@ def abused_server(
     name: str, target: Path, head: Path, disk: PoolDisk, clock: ShiftedClock, save_seconds: float
 ) -> Server:
     """A server with Ouroboros, whose clock may be shifted and whose pool is saved often."""
-    options = json.dumps({"draft_model": str(head), "pool_path": str(disk.path)})
+    options = json.dumps(
+        {"draft_model": str(head), "pool_path": str(disk.path), "pool_capacity": POOL_CAPACITY}
+    )
     flags = (
         *("--model", str(target), *EXACT, *SIZES, *KV_BYTES, *CACHING, *PROPOSER),
         *("--max-num-batched-tokens", "1024", "--ouroboros-config", options),

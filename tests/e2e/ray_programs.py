@@ -22,16 +22,45 @@ ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_si
           "kv_cache_memory_bytes": 2**27, "enforce_eager": True}  # fmt: skip
 """Engine arguments of the engines of such a program."""
 START_SECONDS = 400
+CLUSTER = """
+import sys, ray
+ray.init(include_dashboard=False, object_store_memory=200 << 20, num_cpus=CPUS, num_gpus=GPUS)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()  # until whoever started it ends
+"""
 
 
 @contextlib.contextmanager
-def ray_environment() -> Iterator[pytest.MonkeyPatch]:
-    """The environment such programs need, until it is left; more can be set in it."""
-    with pytest.MonkeyPatch.context() as context:
+def ray_cluster(folder: Path, cpus: int, gpus: int = 0, **environment: str) -> Iterator[None]:
+    """A Ray cluster, whose address is in the environment, as is what such programs need.
+
+    Args:
+        folder: for its log.
+        cpus: that Ray takes for granted.
+        gpus: the same; there need not be any.
+        environment: besides ours, for the cluster and for what is run on it.
+    """
+    log = folder / "cluster.log"
+    with pytest.MonkeyPatch.context() as context, log.open("wb") as output:
         context.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # `kv_cache_memory_bytes` counts
         context.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         context.setenv("RAY_AUTH_MODE", "disabled")
-        yield context
+        for name, value in environment.items():
+            context.setenv(name, value)
+        script = CLUSTER.replace("CPUS", str(cpus)).replace("GPUS", str(gpus))
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", script], cwd=folder, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=output, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            address = process.stdout.readline().strip()
+            assert address, log.read_text(errors="replace")[-2000:]
+            context.setenv("RAY_ADDRESS", address)
+            yield
+            process.stdin.close()
+            process.wait(60)
+        finally:
+            stop(process)
 
 
 @contextlib.contextmanager

@@ -38,16 +38,18 @@ def rows_of(slots: tuple[np.ndarray, ...], vocab_size: int) -> dict[str, np.ndar
 
     Free places hold what was there before, of any scope: none of it may get into a row.
     """
-    order = np.argsort(slots[1])
-    keys, _, counts, lengths, sources, times, tokens = (column[order] for column in slots)
-    tokens = np.where(np.arange(tokens.shape[2]) < lengths[:, :, None], tokens, 0)
-    held = np.arange(tokens.shape[1]) < counts[:, None]
-    held &= ((tokens >= 0) & (tokens < vocab_size)).all(2)
-    held &= ((keys < vocab_size) | (keys >= FIRST_HASH))[:, None]
-    signed = keys.astype(np.uint32).view(np.int32)
-    rows = np.broadcast_to(signed[:, None], held.shape), lengths, sources, times, tokens
+    keys, used, counts, lengths, sources, times, tokens = slots
+    order, room = np.argsort(used), tokens.shape[1]
     # backwards, since the first phrase of a slot is to be inserted last
-    return {name: r[:, ::-1][held[:, ::-1]] for name, r in zip(DTYPES, rows, strict=True)}
+    slot, place = np.nonzero(np.arange(room)[::-1] < counts[order, None])
+    slot, place = order[slot], room - 1 - place
+    keys, lengths, tokens = keys[slot], lengths[slot, place], tokens[slot, place]
+    tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    known = ((tokens >= 0) & (tokens < vocab_size)).all(1)
+    known &= (keys < vocab_size) | (keys >= FIRST_HASH)
+    signed = keys.astype(np.uint32).view(np.int32)
+    rows = signed, lengths, sources[slot, place], times[slot, place], tokens
+    return {name: column[known] for name, column in zip(DTYPES, rows, strict=True)}
 
 
 def check(tensors: Mapping[str, np.ndarray], vocab_size: int) -> None:

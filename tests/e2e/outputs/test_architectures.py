@@ -109,7 +109,7 @@ def models(request, tmp_path_factory, pair) -> tuple[str, str, str]:
     return (request.param, *make_pair(request.param, folder, pair / "target"))
 
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=28, ignore_eos=True)
 
 
 def test_greedy_equals_vanilla(models, prompts, ouroboros, vanilla, tools):

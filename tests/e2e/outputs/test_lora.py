@@ -8,7 +8,7 @@ from vllm.lora.request import LoRARequest
 
 from ..adapters import ENGINE
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 
 
 def generate(llm, prompts, requests: list[LoRARequest | None]) -> list:

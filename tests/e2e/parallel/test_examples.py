@@ -1,8 +1,9 @@
-"""The programs of examples/, each on a Ray cluster of its own on this machine."""
+"""The programs of examples/, on a Ray cluster of this machine's cores."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,14 +11,14 @@ import httpx
 import pytest
 from vllm import SamplingParams
 
-from ..ray_programs import ENGINE, EXAMPLES, START_SECONDS, ray_environment, serving_on_ray
+from ..ray_programs import ENGINE, EXAMPLES, START_SECONDS, ray_cluster, serving_on_ray
 
 NEW_TOKENS = 256  # what batch_generate.py asks for
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _environment():
-    with ray_environment():
+def _cluster(tmp_path_factory):
+    with ray_cluster(tmp_path_factory.mktemp("cluster"), cpus=os.cpu_count() or 2):
         yield
 
 

@@ -23,17 +23,9 @@ import pytest
 from openai import APIStatusError, OpenAI
 from vllm import SamplingParams
 
-from ..ray_programs import ENGINE, ray_environment, serving_on_ray
-from ..servers import stop
+from ..ray_programs import ENGINE, ray_cluster, serving_on_ray
 from .test_tensor_parallel import ENGINES
 
-CLUSTER = """
-import sys, ray
-ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, object_store_memory=200 << 20)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()  # until whoever started it ends
-"""
-"""A cluster on this machine; its GPUs are none, but what vLLM's Ray executor gives to ranks."""
 PLATFORM = '''
 """vLLM's CPU platform for its Ray executor, which refuses a platform that Ray has no name for."""
 
@@ -86,26 +78,14 @@ NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Path]:
-    """A Ray cluster, whose address is in the environment; its folder."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with ray_environment() as context:
-        context.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-        context.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", CLUSTER], cwd=folder, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        assert process.stdout is not None
-        address = process.stdout.readline().decode().strip()
-        assert address, (folder / "log").read_text()[-2000:]
-        context.setenv("RAY_ADDRESS", address)
-        yield folder
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(60)
-        stop(process)
+def cluster(tmp_path_factory) -> Iterator[None]:
+    """A cluster whose GPUs are none, but what vLLM's Ray executor gives to ranks."""
+    serve = {
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    }
+    with ray_cluster(tmp_path_factory.mktemp("cluster"), cpus=8, gpus=2, **serve):
+        yield
 
 
 class Asked(NamedTuple):
