@@ -80,11 +80,13 @@ class Crowd:
             self._stopping = True
             await asyncio.gather(*asking)
         finally:
-            for task in (*asking, *others):
-                task.cancel()
-            ended = await asyncio.gather(*asking, *others, return_exceptions=True)
-            for error in ended:
-                if isinstance(error, Exception):
+            everyone = left = {*asking, *others}
+            while left:  # `wait_for` of Python 3.11 may lose a cancellation
+                for task in left:
+                    task.cancel()
+                _, left = await asyncio.wait(left, timeout=5)
+            for task in everyone:
+                if not task.cancelled() and (error := task.exception()):
                     self._fail(None, [f"a client ended with {error!r}"])
 
     async def close(self) -> None:
