@@ -76,10 +76,13 @@ def serving_on_ray(folder: Path, *more: str) -> Iterator[str]:
         *(sys.executable, "-P", str(EXAMPLES / "serve_ray.py"), "--name", "tiny"),
         *("--port", str(port), "--engine-args", json.dumps(ENGINE), *more),
     ]
+    # a shell's background jobs ignore what Ctrl-C sends, and their children do
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
         )
+    signal.signal(signal.SIGINT, before)
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     try:
         while not _has_models(address):
@@ -87,10 +90,9 @@ def serving_on_ray(folder: Path, *more: str) -> Iterator[str]:
                 pytest.fail(f"no server:\n{log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.5)
         yield address
+        os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down, and ends
+        server.wait(120)
     finally:
-        os.killpg(server.pid, signal.SIGINT)  # it takes its deployment down
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(120)
         stop(server)
 
 
