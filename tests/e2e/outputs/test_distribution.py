@@ -19,7 +19,7 @@ import torch
 
 VOCAB, LENGTH, PROMPT = 8, 3, [2, 5, 3]
 MAX_TOKENS = 5  # more than are looked at, so that trees of three nodes fit behind the first
-KINDS = {"temperature 1": ({}, 10_000), "top_p 0.8": ({"top_p": 0.8}, 5_000)}
+KINDS = {"temperature 1": ({}, 20_000), "top_p 0.8": ({"top_p": 0.8}, 10_000)}
 SMALL = {
     "draft_tokens": 2, "window_size": 2, "phrase_len": 2, "guess_set_size": 2, "num_suffixes": 1,
     "adaptive": False,

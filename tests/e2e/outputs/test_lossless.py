@@ -40,18 +40,12 @@ def engine(request, ouroboros):
     return request.param, nodes, ouroboros(nodes, options)
 
 
-@pytest.fixture(scope="module")
-def asked(engine, prompts) -> list[list[int]]:
-    """All 60 prompts for the ways that users draft, fewer for settings at their limits."""
-    return prompts if engine[0] in ("paper", "no draft model") else prompts[:24]
-
-
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["batch 8", "batch 1"])
-def test_greedy_equals_vanilla(engine, one_by_one, asked, vanilla, tools):
+def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools):
     name, nodes, llm = engine
-    expected = tools.tokens_of(vanilla(asked, GREEDY))
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, asked, GREEDY, one_by_one)
+        outputs = tools.generate(llm, prompts, GREEDY, one_by_one)
     assert tools.tokens_of(outputs) == expected
     # and it was speculation that gave it
     total = sum(map(len, expected))
@@ -69,9 +63,9 @@ def test_greedy_equals_vanilla(engine, one_by_one, asked, vanilla, tools):
         assert used["target_forwards"] == used["steps"]
 
 
-def test_same_answers_again(engine, asked, vanilla, tools):
+def test_same_answers_again(engine, prompts, vanilla, tools):
     """A pool full of the very texts that come next changes the speed only."""
     _, _, llm = engine
-    some = asked[:16]
-    expected = tools.tokens_of(vanilla(asked, GREEDY))[:16]
+    some = prompts[:16]
+    expected = tools.tokens_of(vanilla(prompts, GREEDY))[:16]
     assert tools.tokens_of(tools.generate(llm, some, GREEDY)) == expected

@@ -1,6 +1,6 @@
 """Without a seed only the distribution can be compared: it is the model's own, whatever is drafted.
 
-A model of five tokens whose probabilities are known exactly, 10,000 texts of three tokens, and a
+A model of five tokens whose probabilities are known exactly, 20,000 texts of three tokens, and a
 chi-square test over all 125 texts. Torch's seed is fixed, so a test passes always or never.
 """
 
@@ -24,7 +24,7 @@ from vllm_ouroboros.verify.token_sampler import RequestSampling, TokenSampler, b
 from ..helpers.fakes import Language, engine_config, input_batch, node_paths, request_state
 
 CPU = torch.device("cpu")
-VOCAB, LENGTH, TEXTS, BATCH = 5, 3, 10_000, 500
+VOCAB, LENGTH, TEXTS, BATCH = 5, 3, 20_000, 500
 PROMPT = (2, 0, 4)
 PARAMS = {"temperature 1": {}, "top_p 0.8": {"top_p": 0.8}}
 
