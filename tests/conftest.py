@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 
 from hypothesis import settings
@@ -27,3 +29,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeat")
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what is imported by now: to look at all of vLLM takes a
+    second, at the end of each engine.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)

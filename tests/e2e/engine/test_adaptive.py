@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from forked_scripts import printed
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -19,7 +17,6 @@ PATTERN = r"(\n    [a-z]{1,8} = [0-9]{1,4}){2,4}"
 # the target were nearly free, and one of its forwards a hundred of the draft model's.
 SCRIPT = """
 import json, sys
-import numba  # vLLM starts in a process that has it
 from vllm import LLM, SamplingParams
 import vllm_ouroboros
 
@@ -86,7 +83,7 @@ def test_costs_can_be_seen(engine) -> None:
     assert costs["overhead"] > 0
 
 
-def test_drafts_where_the_target_is_dear(pair, prompts, vanilla, tools) -> None:
+def test_drafts_where_the_target_is_dear(pair, prompts, vanilla, tools, tmp_path) -> None:
     """Greedy and seeded batches of eight."""
     runs = [(prompts[:24], [GREEDY] * 24), (prompts[: len(SEEDED)], SEEDED)]
     options = {"draft_model": str(pair / "draft")}
@@ -98,13 +95,9 @@ def test_drafts_where_the_target_is_dear(pair, prompts, vanilla, tools) -> None:
         },
         "runs": runs,
     }
-    child = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        input=json.dumps(job), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-3000:]
-    results = json.loads(child.stdout.splitlines()[-1])
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    output = tmp_path / "output"
+    results = json.loads(printed(SCRIPT, output=output, given=json.dumps(job), **alone)[-1])
     for (some, params), result in zip(runs, results, strict=True):
         expected = vanilla(some, [SamplingParams(**one) for one in params])
         assert result["tokens"] == tools.tokens_of(expected)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from forked_scripts import printed
 
 VOCAB, LENGTH, PROMPT = 8, 3, [2, 5, 3]
 MAX_TOKENS = 5  # more than are looked at, so that trees of three nodes fit behind the first
@@ -71,7 +69,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def drawn(models, tools) -> dict[str, dict]:
+def drawn(models, tools, tmp_path_factory) -> dict[str, dict]:
     """By kind of parameters, texts and the number of accepted tokens."""
     engine = {
         **tools.BASE,
@@ -85,13 +83,9 @@ def drawn(models, tools) -> dict[str, dict]:
         "additional_config": {"ouroboros": {"draft_model": models["draft"], **SMALL}},
     }
     given = {"engine": engine, "kinds": KINDS, "prompt": PROMPT, "max_tokens": MAX_TOKENS}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(given)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    output = tmp_path_factory.mktemp("drawn") / "output"
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return json.loads(printed(SCRIPT, json.dumps(given), output=output, **alone)[-1])
 
 
 def conditionals(folder: str, top_p: float) -> dict[tuple[int, ...], np.ndarray]:

@@ -19,7 +19,7 @@ import abuse_verdicts as verdicts
 from abuse_clock import DAY, ShiftedClock
 from abuse_latencies import Latency, compare
 from abuse_prompts import ChatPrompts
-from abuse_requests import CONTEXT, abuse_request, probe_requests
+from abuse_requests import CONTEXT, SHAPES, abuse_request, probe_requests
 from abuse_schedule import (
     EVENTS,
     Outage,
@@ -147,12 +147,12 @@ def test_prompts_have_the_length_that_is_asked_for() -> None:
 
 def test_requests_of_a_seed_are_the_same_and_of_all_kinds() -> None:
     prompts = ChatPrompts(TARGET)
-    asked = [abuse_request(i, 0, prompts) for i in range(120)]
+    asked = [abuse_request(i, 0, prompts) for i in range(SHAPES)]
     assert asked[:5] == [abuse_request(i, 0, ChatPrompts(TARGET)) for i in range(5)]
     for one in asked:
         long = isinstance(ids := one.request.body["prompt"], list) and len(ids) >= CONTEXT
         assert (one.refusal is not None) == (long or one.kind == "wrong_options")
-    again = [abuse_request(i, 0, prompts) for i in range(120, 240)]
+    again = [abuse_request(i, 0, prompts) for i in range(SHAPES, 2 * SHAPES)]
     assert [one.kind for one in again] == [one.kind for one in asked], "shapes come again"
     sizes = [one.request.body["max_tokens"] for one in asked]
     assert [one.request.body["max_tokens"] for one in again] == sizes
