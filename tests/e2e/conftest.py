@@ -52,6 +52,11 @@ BASE: dict[str, Any] = {
     "disable_log_stats": False,
 }
 """Engine arguments of every engine, unless a test says otherwise."""
+ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+"""vLLM's executor for one device, of which vanilla engines make do: they start sooner than with the
+one for several ranks, which it takes on the CPU."""
+ALL_PROMPTS = "ALL_PROMPTS" in os.environ
+"""As many prompts, seeds and draws as losslessness was judged by; else fewer of them."""
 
 Ids = list[int]
 
@@ -118,6 +123,12 @@ def prompts(texts, tokenizer) -> list[Ids]:
         [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
         for text in texts
     ]
+
+
+@pytest.fixture(scope="session")
+def judged(prompts) -> list[Ids]:
+    """All of them where losslessness is judged, else 24."""
+    return prompts if ALL_PROMPTS else prompts[:24]
 
 
 def generate(llm, prompts: Sequence[Ids], params, one_by_one: bool = False) -> list:
@@ -195,9 +206,12 @@ class Vanilla:
         # the repr of SamplingParams leaves fields out
         key = repr((list(prompts), [msgspec.structs.asdict(one) for one in each], arguments))
         if key not in self._known:
-            llm = self.engines.get(**{**BASE, **arguments})
-            self._known[key] = generate(llm, prompts, params)
+            self._known[key] = generate(self.engine(**arguments), prompts, params)
         return self._known[key]
+
+    def engine(self, **arguments):
+        """A live engine."""
+        return self.engines.get(**{**BASE, **ONE_PROCESS, **arguments})
 
 
 @pytest.fixture(scope="session")
@@ -264,6 +278,7 @@ def metric(llm, name: str) -> float:
 class Tools:
     """The helpers above: test modules cannot import each other in importlib mode."""
 
+    ALL_PROMPTS = ALL_PROMPTS
     BASE = BASE
     PROPOSER = PROPOSER
     Engines = Engines

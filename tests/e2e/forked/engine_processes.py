@@ -51,8 +51,10 @@ class Process(context.ForkServerProcess):
         forkserver._forkserver.ensure_running = resource_tracker.ensure_running
         if cores := os.environ.get("OMP_PLACES"):
             os.sched_setaffinity(0, {int(core) for core in cores.strip("{}").split(",")})
+        from prometheus_client import values
         from vllm.distributed.device_communicators import shm_broadcast
 
+        values.ValueClass = values.get_value_class()  # files if several processes serve
         shm_broadcast.sched_yield = lambda: time.sleep(WAIT_SECONDS)
         look_at_models_in_this_process()
         for log in (logging.getLogger("vllm"), *logging.getLogger("vllm").handlers):

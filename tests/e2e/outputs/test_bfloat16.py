@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm import SamplingParams
 
-PARAMS = SamplingParams(temperature=0.0, max_tokens=48, logprobs=5)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=32, logprobs=5)
 NEAR_TIE = 0.07
 """Nats; logits of about 10 are 0.0625 apart in bfloat16."""
 

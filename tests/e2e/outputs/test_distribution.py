@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -17,7 +18,11 @@ from forked_scripts import printed
 
 VOCAB, LENGTH, PROMPT = 8, 3, [2, 5, 3]
 MAX_TOKENS = 5  # more than are looked at, so that trees of three nodes fit behind the first
-KINDS = {"temperature 1": ({}, 20_000), "top_p 0.8": ({"top_p": 0.8}, 10_000)}
+ALL = "ALL_PROMPTS" in os.environ
+KINDS = {
+    "temperature 1": ({}, 20_000 if ALL else 6_000),
+    "top_p 0.8": ({"top_p": 0.8}, 10_000 if ALL else 3_000),
+}
 SMALL = {
     "draft_tokens": 2, "window_size": 2, "phrase_len": 2, "guess_set_size": 2, "num_suffixes": 1,
     "adaptive": False,

@@ -65,7 +65,7 @@ def test_sleep_and_wake(level, mode, ouroboros, some, vanilla, expected, tools):
     prefixes from level 1 on.
     """
     found, after = sleep_in_the_middle(ouroboros(**CACHING), some, level, mode, tools)
-    theirs = vanilla.engines.get(**{**tools.BASE, **CACHING})
+    theirs = vanilla.engine(**CACHING)
     wanted, after_theirs = sleep_in_the_middle(theirs, some, level, mode, tools)
     assert tools.tokens_of(after) == tools.tokens_of(after_theirs) == expected
     for ours, vanillas, text in zip(found, wanted, expected, strict=True):
@@ -92,7 +92,7 @@ def test_beam_search(more, ouroboros, some, vanilla, tools):
     """vLLM makes it of requests for one token each, so there is nothing to draft."""
     params = BeamSearchParams(beam_width=3, max_tokens=12, **more)
     given = [{"prompt_token_ids": ids} for ids in some[:6]]
-    theirs = vanilla.engines.get(**{**tools.BASE, **CACHING}).beam_search(given, params)
+    theirs = vanilla.engine(**CACHING).beam_search(given, params)
     with tools.Used(ouroboros(**CACHING)) as used:
         ours = ouroboros(**CACHING).beam_search(given, params)
     for found, wanted in zip(ours, theirs, strict=True):

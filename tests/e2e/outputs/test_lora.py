@@ -25,7 +25,7 @@ def some(prompts):
 @pytest.fixture(scope="module")
 def expected(adapters, some, vanilla, tools) -> dict[str, list[list[int]]]:
     """What each adapter writes in vanilla vLLM, one adapter at a time."""
-    llm = vanilla.engines.get(**{**tools.BASE, **ENGINE})
+    llm = vanilla.engine(**ENGINE)
     return {
         name: tools.tokens_of(generate(llm, some, [adapter] * len(some)))
         for name, adapter in adapters.items()

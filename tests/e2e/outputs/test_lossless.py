@@ -41,11 +41,11 @@ def engine(request, ouroboros):
 
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["batch 8", "batch 1"])
-def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools):
+def test_greedy_equals_vanilla(engine, one_by_one, judged, vanilla, tools):
     name, nodes, llm = engine
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))
+    expected = tools.tokens_of(vanilla(judged, GREEDY))
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY, one_by_one)
+        outputs = tools.generate(llm, judged, GREEDY, one_by_one)
     assert tools.tokens_of(outputs) == expected
     # and it was speculation that gave it
     total = sum(map(len, expected))
@@ -63,9 +63,9 @@ def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools):
         assert used["target_forwards"] == used["steps"]
 
 
-def test_same_answers_again(engine, prompts, vanilla, tools):
+def test_same_answers_again(engine, judged, vanilla, tools):
     """A pool full of the very texts that come next changes the speed only."""
     _, _, llm = engine
-    some = prompts[:16]
-    expected = tools.tokens_of(vanilla(prompts, GREEDY))[:16]
+    some = judged[:16]
+    expected = tools.tokens_of(vanilla(judged, GREEDY))[:16]
     assert tools.tokens_of(tools.generate(llm, some, GREEDY)) == expected

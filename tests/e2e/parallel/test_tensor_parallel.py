@@ -53,11 +53,11 @@ def engine(request, ouroboros, pair, tools):
 
 
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["batch 8", "batch 1"])
-def test_greedy_equals_vanilla(engine, one_by_one, prompts, vanilla, tools):
+def test_greedy_equals_vanilla(engine, one_by_one, judged, vanilla, tools):
     name, llm = engine
-    expected = tools.tokens_of(vanilla(prompts, GREEDY, **TWO))
+    expected = tools.tokens_of(vanilla(judged, GREEDY, **TWO))
     with tools.Used(llm) as used:
-        outputs = tools.generate(llm, prompts, GREEDY, one_by_one)
+        outputs = tools.generate(llm, judged, GREEDY, one_by_one)
     assert tools.tokens_of(outputs) == expected
     assert used["emitted_tokens"] >= sum(map(len, expected)), "of one rank, not of both"
     if name != "adaptive":  # it may find that nothing pays here
@@ -95,7 +95,7 @@ def test_adapters_and_grammars(engine, adapters, prompts, vanilla, tools):
         for i in range(8)
     ]
     names = [None, adapters["linear"], adapters["linear"], None] * 2
-    plain = vanilla.engines.get(**{**tools.BASE, **TWO})
+    plain = vanilla.engine(**TWO)
 
     def run(engine) -> list[list[int]]:
         given = [{"prompt_token_ids": ids} for ids in prompts[:8]]
@@ -114,11 +114,11 @@ def skew(worker) -> int:
     return int(runner.drafter.ranks.follows)
 
 
-def test_the_clock_of_another_rank_changes_nothing(engine, prompts, vanilla, tools):
+def test_the_clock_of_another_rank_changes_nothing(engine, judged, vanilla, tools):
     _, llm = engine
     assert llm.collective_rpc(skew) == [0, 1]
-    expected = tools.tokens_of(vanilla(prompts, GREEDY, **TWO))[:16]
-    assert tools.tokens_of(tools.generate(llm, prompts[:16], GREEDY)) == expected
+    expected = tools.tokens_of(vanilla(judged, GREEDY, **TWO))[:16]
+    assert tools.tokens_of(tools.generate(llm, judged[:16], GREEDY)) == expected
 
 
 def fail_next(worker) -> None:
