@@ -25,6 +25,7 @@ import torch
 import triton  # noqa: F401  (before vLLM looks for it)
 import vllm.v1.worker.cpu.shm  # noqa: F401
 from llvmlite.binding import ffi
+from triton.runtime import interpreter
 from vllm import LLM, SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
@@ -168,6 +169,21 @@ def spare_llvmlite() -> None:
     wrapper.__getattr__ = getattr_
 
 
+def patch_once() -> None:
+    """Replace what is in ``triton.language`` once for each function that a kernel calls. The launch
+    has done so for the kernel, and doing it again each time takes nearly half of the time.
+    """
+    called = set()
+
+    def call(self, *args, **named):
+        if self.fn not in called:
+            called.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **named)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def in_one_chunk(call: Callable[[], None]) -> None:
     """Call it behind a frame of 70,000 variables, whose chunk of the stack has room for all others.
 
@@ -193,6 +209,7 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     spare_llvmlite()
+    patch_once()
     sys.modules["interpreted"] = sys.modules["__main__"]
     compat.WORKERS["cpu"] = f"{__name__}.Worker"
     forks = multiprocessing.get_context("fork")
