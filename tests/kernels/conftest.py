@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..unit.helpers.quick_interpreter import patch_once
+
 HERE = Path(__file__).parent
 KERNELS = (
     "tree_attention", "tree_attention_device", "tree_depths", "tree_accept", "kv_compact",
@@ -32,6 +34,7 @@ elif INTERPRET:
     import vllm_ouroboros.kernels.tree_accept
     import vllm_ouroboros.kernels.tree_attention  # noqa: F401
 
+    patch_once()
     del os.environ["TRITON_INTERPRET"]  # engines that other tests start do without it
 
 # Behind everything else: for `attention_cases`, which several test modules share.

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import ClassVar
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -25,7 +26,6 @@ import torch
 import triton  # noqa: F401  (before vLLM looks for it)
 import vllm.v1.worker.cpu.shm  # noqa: F401
 from llvmlite.binding import ffi
-from triton.runtime import interpreter
 from vllm import LLM, SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
@@ -42,6 +42,9 @@ from vllm_ouroboros.integration.runner import TreeRunner
 from vllm_ouroboros.kernels.reference import tree_attention
 from vllm_ouroboros.trees.draft_tree import step_mask
 from vllm_ouroboros.verify.cuda.attention import TreeRows, TreeTritonBuilder
+
+sys.path.append(str(Path(__file__).parents[2] / "unit" / "helpers"))
+from quick_interpreter import patch_once
 
 CALLS = {"tree": 0, "graphs": 0, "padded": 0, "mixed": 0, "replays": 0, "walks": 0}
 JOB_SECONDS = 600
@@ -167,21 +170,6 @@ def spare_llvmlite() -> None:
         return look_up(self, name)
 
     wrapper.__getattr__ = getattr_
-
-
-def patch_once() -> None:
-    """Replace what is in ``triton.language`` once for each function that a kernel calls. The launch
-    has done so for the kernel, and doing it again each time takes nearly half of the time.
-    """
-    called = set()
-
-    def call(self, *args, **named):
-        if self.fn not in called:
-            called.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **named)
-
-    interpreter.InterpretedFunction.__call__ = call
 
 
 def in_one_chunk(call: Callable[[], None]) -> None:

@@ -56,7 +56,7 @@ def test_max_tokens(ouroboros, prompts, vanilla, tools):
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_end_of_sequence(ouroboros, prompts, vanilla, tools, tokenizer, ignore_eos):
     params = SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=ignore_eos)
-    some = prompts[:24]
+    some = prompts[:12]
     expected = vanilla(some, params)
     endings = [o.outputs[0].finish_reason for o in expected]
     seen = [tokenizer.eos_token_id in o.outputs[0].token_ids for o in expected]

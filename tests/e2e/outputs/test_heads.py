@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 
 @pytest.fixture(scope="module")
 def some(prompts) -> list[list[int]]:
-    return prompts[:24]
+    return prompts[:16]
 
 
 @pytest.fixture(scope="module")
