@@ -91,7 +91,7 @@ def stdlib_signatures() -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _models() -> None:
-    """Nor does this process start others only to look at a class of models."""
+    """This process starts no others only to look at a class of models."""
     engine_processes.look_at_models_in_this_process()
 
 
@@ -127,7 +127,7 @@ def prompts(texts, tokenizer) -> list[Ids]:
 
 @pytest.fixture(scope="session")
 def judged(prompts) -> list[Ids]:
-    """All of them where losslessness is judged, else 24."""
+    """All 60 prompts with ``ALL_PROMPTS``, else the first 24."""
     return prompts if ALL_PROMPTS else prompts[:24]
 
 
@@ -157,8 +157,10 @@ def shut_down(llm) -> None:
     core = llm.llm_engine.engine_core
     again = threading.Timer(4, terminate, [core.resources.engine_manager.processes])
     again.start()
-    core.shutdown(timeout=20)  # seconds; five by default, then it is killed
-    again.cancel()
+    try:
+        core.shutdown(timeout=20)  # seconds; five by default, then it is killed
+    finally:
+        again.cancel()
     del llm, core
     gc.collect()
 
