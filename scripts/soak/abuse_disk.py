@@ -90,7 +90,7 @@ class PoolDisk:
         with self._spoilt():
             ours = PoolFile.at(self._kept)
             beside = self._folder / "foreign.safetensors"
-            theirs = PoolFile(beside, vocab_size=ours.vocab_size, tokenizer_hash="0" * 64)
+            theirs = PoolFile(beside, ours.form._replace(tokenizer_hash="0" * 64))
             theirs.put(ours.rows())
             beside.replace(self.path)
             yield

@@ -9,7 +9,8 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_ouroboros.phrases.idle_save import IdleSave
-from vllm_ouroboros.phrases.pool_file import PoolFile, tokenizer_hash
+from vllm_ouroboros.phrases.pool_file import PoolFile
+from vllm_ouroboros.phrases.pool_format import PoolFormat, tokenizer_hash
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -25,7 +26,7 @@ def file_of(path: str | Path, model: ModelConfig) -> PoolFile:
     vocab = {model.model: 0}  # without a tokenizer the model's name stands for it
     if not model.skip_tokenizer_init:
         vocab = cached_tokenizer_from_config(model).get_vocab()
-    return PoolFile(path, vocab_size=model.get_vocab_size(), tokenizer_hash=tokenizer_hash(vocab))
+    return PoolFile(path, PoolFormat(model.get_vocab_size(), tokenizer_hash(vocab)))
 
 
 class Persistence:

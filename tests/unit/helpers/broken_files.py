@@ -29,7 +29,8 @@ from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import FIRST_HASH
 from vllm_ouroboros.phrases.file_rows import MAX_WIDTH
 from vllm_ouroboros.phrases.pool import PhrasePool
-from vllm_ouroboros.phrases.pool_file import PoolFile, tokenizer_hash
+from vllm_ouroboros.phrases.pool_file import PoolFile
+from vllm_ouroboros.phrases.pool_format import PoolFormat, tokenizer_hash
 from vllm_ouroboros.policy.forward_costs import CostCurve, Costs, read_costs
 
 SECONDS, MEMORY = 10, 2**25  # that a file may take; none is larger than 2 MB
@@ -44,7 +45,7 @@ ODD = (
 
 
 def file_at(path: Path) -> PoolFile:
-    return PoolFile(path, vocab_size=VOCAB, tokenizer_hash=HASH)
+    return PoolFile(path, PoolFormat(VOCAB, HASH))
 
 
 def filled() -> PhrasePool:

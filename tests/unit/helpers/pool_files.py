@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import safetensors.numpy
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.eviction import WAYS, first_slot
 from vllm_ouroboros.phrases.pool import PhrasePool
-from vllm_ouroboros.phrases.pool_file import FORMAT, FORMAT_VERSION, PoolFile, tokenizer_hash
+from vllm_ouroboros.phrases.pool_file import PoolFile
+from vllm_ouroboros.phrases.pool_format import FORMAT, FORMAT_VERSION, PoolFormat, tokenizer_hash
 
 VOCAB = 31
 HASH = tokenizer_hash({"a": 0, "b": 1})
@@ -21,8 +24,13 @@ METADATA = {
 }
 
 
-def make(path, **changes) -> PoolFile:
-    return PoolFile(path, **{"vocab_size": VOCAB, "tokenizer_hash": HASH, **changes})
+def make(path, vocab_size: int = VOCAB, **options) -> PoolFile:
+    return PoolFile(path, PoolFormat(vocab_size, HASH), **options)
+
+
+def beside(path: Path) -> list[Path]:
+    """What a file's folder holds, but for its lock."""
+    return [one for one in path.parent.iterdir() if one.suffix != ".lock"]
 
 
 def small_pool(*phrases: list[int]) -> PhrasePool:

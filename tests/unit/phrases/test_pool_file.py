@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_ouroboros.config import OuroborosConfig
-from vllm_ouroboros.phrases import file_rows, pool_file
+from vllm_ouroboros.phrases import file_rows, pool_format
 from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import FIRST_HASH, key_of
 from vllm_ouroboros.phrases.eviction import WAYS
 from vllm_ouroboros.phrases.file_rows import MAX_WIDTH
 from vllm_ouroboros.phrases.insertion import insert_text
 from vllm_ouroboros.phrases.pool import PhrasePool
-from vllm_ouroboros.phrases.pool_file import FORMAT, tokenizer_hash
+from vllm_ouroboros.phrases.pool_format import FORMAT, tokenizer_hash
 
 from ..helpers.phrase_oracle import times
 from ..helpers.pool_files import (
@@ -90,7 +90,7 @@ def test_a_plugin_that_is_not_installed_has_no_version(path, monkeypatch) -> Non
     def version(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(pool_file.metadata, "version", version)
+    monkeypatch.setattr(pool_format.metadata, "version", version)
     assert make(path).save(small_pool())
     assert loaded(path).lookup(7) == [(1, 2, 3)]
 

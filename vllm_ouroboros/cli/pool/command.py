@@ -65,7 +65,7 @@ def build(
                         progress.advance(task, size)
 
             total = insert_texts(pool, read(), encode)
-        rows = rows_of(pool, file.vocab_size)
+        rows = rows_of(pool, file.form.vocab_size)
         if not len(rows["keys"]):
             raise InputError("the corpus has no text of two tokens: nothing to write")
         save(file, rows)

@@ -74,8 +74,8 @@ def describe(path: Path) -> dict[str, object]:
         "longest phrase": int(lengths.max(initial=0)),
         "seen more than once": round(float((rows["times"] > 1).mean()), 3) if len(keys) else 0.0,
         **{f"from {s.name.lower()}": int((sources == s).sum()) for s in PhraseSource},
-        "vocabulary": file.vocab_size,
-        "tokenizer": file.tokenizer_hash,
+        "vocabulary": file.form.vocab_size,
+        "tokenizer": file.form.tokenizer_hash,
     }
 
 
@@ -87,11 +87,10 @@ def merge(paths: list[Path], out: Path, max_keys: int, max_phrases: int) -> int:
     """
     (first, rows), *others = map(read, paths)
     for file, newer in others:
-        if file.tokenizer_hash != first.tokenizer_hash or file.vocab_size != first.vocab_size:
+        if file.form != first.form:
             raise InputError(f"{file.path} is for another tokenizer than {first.path}")
         rows = union(newer, rows, max_keys, max_phrases, news=False)
-    target = PoolFile(out, vocab_size=first.vocab_size, tokenizer_hash=first.tokenizer_hash)
-    save(target, rows)
+    save(PoolFile(out, first.form), rows)
     return len(rows["keys"])
 
 
