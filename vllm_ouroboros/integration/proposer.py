@@ -31,7 +31,7 @@ from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.policy import acceptance_estimates
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.policy.throughput import Step
-from vllm_ouroboros.trees import drafting
+from vllm_ouroboros.trees import warm_up as tree_loops
 from vllm_ouroboros.trees.drafting import Drafting
 from vllm_ouroboros.trees.packing import pack_trees, unpack_trees
 from vllm_ouroboros.verify.token_sampler import (
@@ -159,7 +159,7 @@ class OuroborosProposer:
         model = self.runner.model_config
         if self.draft is not None:
             self.draft.load(target)
-        drafting.warm_up()
+        tree_loops.warm_up()
         acceptance_estimates.warm_up()
         if self.config.pool_path is not None and not self.ranks.follows:
             self.persistence = Persistence(self.drafting.pool, self.config.pool_path, model)

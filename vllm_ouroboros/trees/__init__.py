@@ -3,5 +3,6 @@
 `drafting` keeps the state of all requests (`request_state`) and calls the compiled loops:
 `round_rows` lays out a draft forward, `best_first` (from `candidates`) and `lengthening` grow trees
 (`draft_tree`), `learning` turns verified ones into phrases, `node_kinds` classes what supports a
-node. Called by `policy`, `draft` and `integration`; never imports vLLM or torch.
+node, `warm_up` compiles the loops. Called by `policy`, `draft` and `integration`; never imports
+vLLM or torch.
 """

@@ -15,10 +15,9 @@ from vllm_ouroboros.phrases.arrays import PhraseSource, PoolFault
 from vllm_ouroboros.phrases.insertion import insert_texts
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.best_first import Ranked, grow_best
-from vllm_ouroboros.trees.draft_tree import DraftTree, are_trees, depths, step_mask, walk
+from vllm_ouroboros.trees.draft_tree import DraftTree, are_trees
 from vllm_ouroboros.trees.learning import learn_all
 from vllm_ouroboros.trees.lengthening import build_trees
-from vllm_ouroboros.trees.node_kinds import NUM_KINDS
 from vllm_ouroboros.trees.request_state import BRANCHES, RequestState
 from vllm_ouroboros.trees.round_rows import Round, absorb_round, plan_branches, plan_round
 
@@ -179,7 +178,7 @@ class Drafting:
         uncached -= self.state.cached[slots]
         columns, phrases = self.carried(width)
         most = int(uncached.sum()) + len(slots) * self.rows_of(width)
-        out = _empty_round(most, len(slots), columns, phrases)
+        out = Round.empty(most, len(slots), columns, phrases)
         total, wanted = plan_round(
             self.state, self.pool.arrays, slots, rows, token_ids, self.max_len, out
         )
@@ -196,7 +195,7 @@ class Drafting:
             behind each of ``logits_rows[:M]``.
         """
         most = len(BRANCHES) * (1 + max(BRANCHES))
-        out = _empty_round(len(slots) * most, len(slots))
+        out = Round.empty(len(slots) * most, len(slots))
         which = np.empty((len(slots) * most, 3), np.int32)
         out.writes.fill(-1)
         total, wanted = plan_branches(self.state, slots, out, which)
@@ -307,46 +306,3 @@ class Drafting:
         if state.chain_len[slot]:
             state.cached[slot] = min(state.cached[slot], state.committed[slot] + agreed)
             state.chain_len[slot] = 0
-
-
-def _empty_round(rows: int, requests: int, columns: int = 0, phrases: int = 0) -> Round:
-    return Round(
-        tokens=np.empty(rows, np.int32),
-        parents=np.empty(rows, np.int32),
-        positions=np.empty(rows, np.int64),
-        writes=np.empty(rows, np.int64),
-        guesses=np.empty(rows, np.int32),
-        logits_rows=np.empty(rows, np.int64),
-        query_start_loc=np.empty(requests + 1, np.int32),
-        context_lens=np.empty(requests, np.int32),
-        num_uncached=np.empty(requests, np.int32),
-        num_guesses=np.empty(requests, np.int32),
-        columns=columns,
-        phrases=phrases,
-    )
-
-
-def warm_up() -> None:
-    """Compile (or load from numba's cache) every loop, so that no request waits for it."""
-    drafting = Drafting(
-        PhrasePool(64, 2, 2), max_requests=1, budget=4, draft_tokens=2, num_suffixes=1,
-        window_size=2, max_len=64, stops=(0,),
-    )  # fmt: skip
-    text = np.ones((1, 16), np.int32)
-    slots = np.zeros(1, np.int64)
-    slot = drafting.add()
-    drafting.commit(text, slots, slots, slots + 4, PhraseSource.PROMPT)
-    drafting.start(slot, 4, 4, 64)
-    out, total, _ = drafting.plan(slots, slots, text)
-    step_mask(out.parents, out.query_start_loc)
-    depths(out.parents, out.query_start_loc, np.zeros(total, np.int64))
-    drafting.absorb(slots, out, np.ones(total, np.int64))
-    drafting.plan_branches(slots)
-    drafting.grow(slots, slots, text, np.ones((1, NUM_KINDS)), 0.5)
-    drafting.build(slots, slots, text)
-    drafting.check_trees(slots)
-    tree = drafting.tree(slot)
-    size = len(tree.tokens)
-    predicted = np.ones(size + 1, np.int64)
-    walk(tree.tokens, tree.parents, size, predicted, np.empty(size, np.int32))
-    drafting.learn([slot], [1], [tree], [predicted])

@@ -45,6 +45,24 @@ class Round(NamedTuple):
     columns: int  # of the window: W or 0
     phrases: int  # of the pool that a request guesses with, at most
 
+    @classmethod
+    def empty(cls, rows: int, requests: int, columns: int = 0, phrases: int = 0) -> Round:
+        """Room for the rows of a round."""
+        return cls(
+            tokens=np.empty(rows, np.int32),
+            parents=np.empty(rows, np.int32),
+            positions=np.empty(rows, np.int64),
+            writes=np.empty(rows, np.int64),
+            guesses=np.empty(rows, np.int32),
+            logits_rows=np.empty(rows, np.int64),
+            query_start_loc=np.empty(requests + 1, np.int32),
+            context_lens=np.empty(requests, np.int32),
+            num_uncached=np.empty(requests, np.int32),
+            num_guesses=np.empty(requests, np.int32),
+            columns=columns,
+            phrases=phrases,
+        )
+
 
 @njit(cache=True)
 def plan_round(req, pool, slots, rows, token_ids, max_len, out):

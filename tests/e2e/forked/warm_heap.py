@@ -10,9 +10,9 @@ import atexit
 import gc
 
 from vllm_ouroboros.policy import acceptance_estimates
-from vllm_ouroboros.trees import drafting
+from vllm_ouroboros.trees import warm_up
 
-drafting.warm_up()
+warm_up.warm_up()
 acceptance_estimates.warm_up()
 gc.collect()
 gc.freeze()

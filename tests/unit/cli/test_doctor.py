@@ -15,11 +15,11 @@ from ..helpers.cli_fakes import invoke
 
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ouroboros.integration import compat
+    from vllm_ouroboros.integration import compat, model_compat
 
     monkeypatch.setattr(compat, "environment", lambda: {"python": "3"})
     monkeypatch.setattr(compat, "check_environment", list)
-    monkeypatch.setattr(compat, "check_models", lambda *_: [])
+    monkeypatch.setattr(model_compat, "check_models", lambda *_: [])
     monkeypatch.setattr(doctor, "_platform", lambda: {"platform": "cpu"})
     monkeypatch.setattr(doctor, "broken_packages", list)
     monkeypatch.setattr(doctor, "plugin_state", lambda: ("found", []))
@@ -35,7 +35,7 @@ def test_doctor_without_problems() -> None:
 
 @pytest.mark.usefixtures("healthy")
 def test_doctor_reports_what_compat_refuses(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    from vllm_ouroboros.integration import compat
+    from vllm_ouroboros.integration import model_compat
 
     seen = []
 
@@ -43,7 +43,7 @@ def test_doctor_reports_what_compat_refuses(monkeypatch: pytest.MonkeyPatch, mod
         seen.append(plan)
         return ["this cannot work"]
 
-    monkeypatch.setattr(compat, "check_models", check)
+    monkeypatch.setattr(model_compat, "check_models", check)
     result = invoke(
         "doctor", "--model", model, "--config", '{"draft_model": "d/m", "window_size": 3}'
     )

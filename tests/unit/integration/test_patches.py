@@ -285,8 +285,8 @@ def test_vllm_looks_through_the_modules_of_a_process_with_numba(monkeypatch) -> 
 def test_a_check_of_the_configuration_loads_no_compiled_loop() -> None:
     """vLLM's main process needs none, and vLLM looks through the loaded modules of a worker."""
     script = (
-        "import sys; from vllm_ouroboros.integration import compat, patches, plugin; "
-        "plugin.register(); assert compat.is_head('nowhere') is False; "
+        "import sys; from vllm_ouroboros.integration import model_compat, patches, plugin; "
+        "plugin.register(); assert model_compat.is_head('nowhere') is False; "
         "assert 'numba' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

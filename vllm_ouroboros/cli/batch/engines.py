@@ -58,7 +58,7 @@ def engine_arguments(
     Raises:
         InputError: an engine could not start.
     """
-    from vllm_ouroboros.integration.compat import check_models
+    from vllm_ouroboros.integration.model_compat import check_models
 
     for key in OURS:
         if key in given:

@@ -83,7 +83,7 @@ def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any
     """Problems of a planned command line; without a model, of its options alone."""
     from vllm_ouroboros.cli.inputs import InputError, model_reference
     from vllm_ouroboros.config import ConfigError, OuroborosConfig
-    from vllm_ouroboros.integration import compat
+    from vllm_ouroboros.integration import model_compat
 
     options = dict(config)
     try:
@@ -94,7 +94,7 @@ def check_plan(model: str | None, draft_model: str | None, config: dict[str, Any
         return [str(error)]
     if model is not None:
         draft = options.pop("draft_model", None) if draft_model is None else draft_model
-        return _guarded("model", lambda: compat.check_models(model, draft, options))
+        return _guarded("model", lambda: model_compat.check_models(model, draft, options))
     if draft_model is not None:
         return ["--draft-model can only be checked together with --model"]
     try:

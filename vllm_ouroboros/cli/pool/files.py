@@ -25,7 +25,7 @@ def file_for(path: Path, model: str) -> tuple[PoolFile, Callable[[str], list[int
     from vllm.config import ModelConfig
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_ouroboros.integration.compat import reason
+    from vllm_ouroboros.integration.model_compat import reason
     from vllm_ouroboros.integration.persistence import file_of
 
     try:
