@@ -25,8 +25,8 @@ def union(
         theirs: rows that stood in the file.
         max_keys: keys to keep, those used last.
         max_phrases: phrases to keep of each key, those used last.
-        news: whether others wrote the file since this engine did; else what it has given up is
-            older than all it has.
+        news: whether the file may have rows that this engine never had; else all that it lacks,
+            it has given up, which makes them older than all it has.
     """
     both = _concatenated(theirs, ours)
     late = np.concatenate([_lateness(len(rows["keys"])) for rows in (theirs, ours)])

@@ -181,10 +181,12 @@ class PoolFile:
         self._wait()
         return _insertions(pool) != self._saved and self.save(pool, flush=False)
 
-    def _work(self, pool: PhrasePool) -> tuple[tuple[np.ndarray, ...], int, tuple[int, int]]:
-        """Arguments of `_write`: the shared phrases, insertions, and the pool's keys and G."""
-        arrays = pool.arrays
-        return file_rows.snapshot(arrays), _insertions(pool), arrays.lengths.shape
+    def _work(self, pool: PhrasePool) -> tuple[tuple[np.ndarray, ...], int, tuple[int, int], bool]:
+        """Arguments of `_write`: the shared phrases, insertions, the pool's keys and G, and whether
+        phrases of others are still to be taken in.
+        """
+        arrays, behind = pool.arrays, self._news is not None or bool(self._found)
+        return file_rows.snapshot(arrays), _insertions(pool), arrays.lengths.shape, behind
 
     def _changed(self) -> bool:
         """Whether another engine wrote the file since this one read or wrote it."""
@@ -219,20 +221,24 @@ class PoolFile:
         snapshot: tuple[np.ndarray, ...],
         insertions: int,
         room: tuple[int, int],
+        behind: bool,
         *,
         flush: bool = True,
     ) -> bool:
         try:
             tensors = file_rows.rows_of(snapshot, self.form.vocab_size)
-            if not tensors["keys"].size:
+            empty = not tensors["keys"].size
+            if empty and not self._changed():
                 return False
             with locked(self.path, LOCK_TIMEOUT_S):
                 changed = self._changed()
                 theirs = self._read() if self._merges else None
+                if theirs is not None and changed:
+                    self._found.append(unknown(tensors, theirs))
+                if empty:
+                    return False
                 if theirs is not None:
-                    if changed:
-                        self._found.append(unknown(tensors, theirs))
-                    tensors = union(tensors, theirs, *room, news=changed)
+                    tensors = union(tensors, theirs, *room, news=changed or behind)
                 self._refuse_foreign()
                 self._put(tensors, flush=flush)
         except ForeignError as error:

@@ -66,6 +66,29 @@ def test_what_is_left_to_take_in_outlives_the_next_save(path, monkeypatch) -> No
     assert [len(pool.lookup(key)) for key in (7, 8, 9)] == [2, 1, 1]
 
 
+def test_what_is_left_to_take_in_stays_in_the_file_of_a_full_pool(path, monkeypatch) -> None:
+    monkeypatch.setattr(pool_file, "ROWS_AT_ONCE", 1)
+    mine, pool = make(path), small_pool([1], [2], [3])  # as many as a key can have
+    mine.save(pool)
+    make(path).save(small_pool([4], [5], [6]))
+    for _ in range(2):
+        assert mine.save(pool)
+        assert {(3,), (6,)} < set(loaded(path).lookup(7)), "what either used last"
+    while mine.take_in(pool):
+        pass
+    assert (6,) in pool.lookup(7)
+
+
+def test_an_engine_without_phrases_takes_in_those_of_others(path) -> None:
+    mine, pool = make(path), PhrasePool(64, 3, 4)
+    assert mine.load(pool) == 0
+    assert make(path).save(small_pool())
+    assert mine.save_in_background(pool)
+    mine._wait()
+    assert mine.take_in(pool) == 1
+    assert pool.lookup(7) == [(1, 2, 3)]
+
+
 def test_a_fresh_start_forgets_what_the_file_has(path) -> None:
     mine, pool = make(path), small_pool([1])
     mine.save(pool)
