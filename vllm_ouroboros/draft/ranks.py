@@ -94,18 +94,29 @@ class Ranks:
 
         Raises:
             FirstRankFailed: it failed.
-            SystemExit: this rank failed. vLLM drops errors of ranks that answer nobody, and this
-                one would go on with other trees than the first; so its process ends, which vLLM
-                takes for the end of the engine.
+            SystemExit: this rank failed, see `ending_engine`.
+        """
+        with self.ending_engine():
+            return self._follow(orders)
+
+    @contextmanager
+    def ending_engine(self) -> Iterator[None]:
+        """A block after whose failure a rank that follows must not go on.
+
+        vLLM drops errors of ranks that answer nobody, and this one would be a step behind the
+        first; so its process ends, which vLLM takes for the end of the engine.
+
+        Raises:
+            SystemExit: this rank follows, and failed.
         """
         try:
-            return self._follow(orders)
+            yield
         except FirstRankFailed:
             raise
         except Exception as error:
-            logger.exception(
-                "Tensor-parallel rank %d failed while it drafted and ends the engine", self.rank
-            )
+            if not self.follows:
+                raise
+            logger.exception("Tensor-parallel rank %d failed and ends the engine", self.rank)
             raise SystemExit(1) from error
 
     @property

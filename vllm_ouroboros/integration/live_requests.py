@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -119,10 +119,14 @@ class LiveRequests:
     def __getitem__(self, req_id: str) -> Request:
         return self._requests[req_id]
 
-    def drop_drafts(self, keep_kv: bool) -> None:
-        """Forget what was drafted for any of them; see `Drafting.drop_drafts`."""
-        for request in self._requests.values():
-            request.drop_drafts()
+    def drop_drafts(self, batch: Iterable[str], keep_kv: bool) -> None:
+        """Forget chains of all requests, and the trees of ``batch`` (ids): these were being made.
+
+        The scheduler has the trees of others already; all ranks verify those. See
+        `Drafting.drop_drafts`.
+        """
+        for req_id in batch:
+            self._requests[req_id].drop_drafts()
         slots = [one.slot for one in self._requests.values() if one.slot != NO_SLOT]
         self.drafting.drop_drafts(np.array(slots, np.int64), keep_kv)
 

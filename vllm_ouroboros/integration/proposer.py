@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -196,7 +197,7 @@ class OuroborosProposer:
                 try:
                     drafts = self._step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
                 except Exception as error:
-                    self.recover(error)
+                    self.recover(error, self.runner.input_batch.req_ids)
             if self.ranks.leads:
                 batch = self.runner.input_batch.req_ids
                 self.ranks.end(*pack_trees([self.requests[req_id].tree for req_id in batch]))
@@ -217,8 +218,12 @@ class OuroborosProposer:
             self.deferred.call(self.persistence.save_if_due)
         return drafts
 
-    def recover(self, error: Exception) -> None:
-        """After a fault: forget all drafts, and draft nothing for a while.
+    def recover(self, error: Exception, batch: Sequence[str] = ()) -> None:
+        """After a fault: forget drafts, and draft nothing for a while.
+
+        Args:
+            error: the fault.
+            batch: ids of the requests that were drafted for.
 
         Raises:
             Exception: the fault itself, where other ranks wait for ever.
@@ -227,7 +232,7 @@ class OuroborosProposer:
             raise error
         fault = self.pause.begin(error)
         self.deferred.drop()
-        self.requests.drop_drafts(keep_kv=fault != Fault.NONFINITE)
+        self.requests.drop_drafts(batch, keep_kv=fault != Fault.NONFINITE)
         if fault == Fault.NONFINITE and self.rounds is not None:
             self.rounds.cache.forget()
         if fault == Fault.POOL:

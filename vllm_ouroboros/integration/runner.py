@@ -252,8 +252,13 @@ class TreeRunner(GPUModelRunner):
 
     # -- outputs -------------------------------------------------------------------------------
 
+    def execute_model(self, *args, **kwargs):
+        with self.drafter.ranks.ending_engine():
+            return super().execute_model(*args, **kwargs)
+
     def sample_tokens(self, *args, **kwargs):
-        output = super().sample_tokens(*args, **kwargs)
+        with self.drafter.ranks.ending_engine():
+            output = super().sample_tokens(*args, **kwargs)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             attach(output, self.drafter.exported.read())
         return output

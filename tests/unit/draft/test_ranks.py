@@ -59,13 +59,24 @@ def test_orders_of_a_step_that_a_rank_left_are_not_taken_for_anothers(caplog) ->
         first.end("trees of step 1")
     with pytest.raises(SystemExit):  # whatever fails in the middle of it
         second.follow({})
-    assert "rank 1 failed while it drafted" in caplog.text
+    assert "rank 1 failed and ends the engine" in caplog.text
     assert "KeyError: 'one'" in caplog.text
     with first.deciding():
         first.end("trees of step 2")
     with pytest.raises(SystemExit):
         second.follow({})
     assert "rank 1 is in step 2 of drafting and rank 0 in step 1" in caplog.text
+
+
+def test_only_a_rank_that_follows_ends_its_process(caplog) -> None:
+    """The error of the first one is vLLM's to tell."""
+    first, second = pair()
+    with pytest.raises(SystemExit), second.ending_engine():
+        raise MemoryError("no room for logits")
+    assert "no room for logits" in caplog.text
+    for error, ranks in ((MemoryError, first), (OSError, Ranks()), (FirstRankFailed, second)):
+        with pytest.raises(error), ranks.ending_engine():
+            raise error
 
 
 @pytest.mark.parametrize("group", [None, SimpleNamespace(world_size=1)])

@@ -11,8 +11,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 
 from vllm_ouroboros.draft.rounds import MAX_CATCH_UP
 from vllm_ouroboros.integration import draft_of_rank as module
+from vllm_ouroboros.integration.live_requests import LiveRequests
 from vllm_ouroboros.integration.proposer import OuroborosProposer
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, NodeSource, child_of
+from vllm_ouroboros.trees.packing import pack_trees, unpack_trees
 from vllm_ouroboros.trees.request_state import BRANCHES
 from vllm_ouroboros.verify.acceptance import Verified
 
@@ -95,6 +97,7 @@ class Engine:
 
     Attributes:
         exact: whether drafts must be all that fixed trees hold; not where drafting breaks off.
+        told: the trees that a rank that follows has, by request.
     """
 
     exact = True
@@ -106,6 +109,7 @@ class Engine:
         self.rng = np.random.default_rng(seed)
         self.free = list(range(1, NUM_BLOCKS))
         self.sequences: list[Sequence] = []
+        self.told: dict[str, SimpleNamespace] = {}
         self.expected = {"steps": 0, "emitted_tokens": 0, "accepted_tokens": 0}
         self.runner = runner(forwards_overlap=overlap)
         sampler = FakeSampler(draft)
@@ -171,6 +175,11 @@ class Engine:
             tokens: list[int] = []
             if s.computed + take == len(s.text):
                 tree = proposer.requests.tree_of(s.name, draft) if draft else None
+                if tree is not None:
+                    other = LiveRequests.tree_of(
+                        SimpleNamespace(_requests=self.told), s.name, draft
+                    )
+                    assert np.array_equal(tree.parents, other.parents), "ranks verify other trees"
                 found, tokens = self.verify(s, tree)
                 if found is not None:
                     verified[s.name] = found
@@ -195,6 +204,8 @@ class Engine:
         noise = [s.generator and s.generator.get_state() for s in batch]
         drafts = proposer.propose(emitted, lengths, token_ids)
         token_ids[:] = -7  # rows go to others
+        trees = unpack_trees(*pack_trees([proposer.requests[s.name].tree for s in batch]))
+        self.told |= {s.name: SimpleNamespace(tree=t) for s, t in zip(batch, trees, strict=True)}
         for s, state in zip(batch, noise, strict=True):
             assert s.generator is None or torch.equal(s.generator.get_state(), state)
         assert len(drafts) == size
