@@ -37,7 +37,7 @@ def sampling(given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
 def _checked(key: str, value: Any) -> Any:
     if key in LISTS:
         values, kind = ([value] if isinstance(value, str) else value), LISTS[key]
-        if isinstance(values, list) and all(type(one) is kind for one in values):
+        if isinstance(values, list) and all(type(one) is kind and _fits(one) for one in values):
             return values
     elif key in FLAGS:
         if isinstance(value, bool):
@@ -45,9 +45,14 @@ def _checked(key: str, value: Any) -> Any:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if key in NUMBERS:
             return float(value)
-        if value == int(value):
+        if value == value // 1 and _fits(value):
             return int(value)
-    raise ValueError(f"sampling_params.{key} = {value!r} has a wrong type")
+    raise ValueError(f"sampling_params.{key} = {value!r} is of a wrong type or too large")
+
+
+def _fits(value: str | int | float) -> bool:
+    """Whether rows can have it in a column: Ray's integers have 64 bits."""
+    return isinstance(value, str) or abs(value) < 2**63
 
 
 @dataclass(frozen=True)

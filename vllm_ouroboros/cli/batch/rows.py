@@ -12,6 +12,9 @@ from typing import Any
 from vllm_ouroboros.cli.inputs import InputError, check_files
 
 KINDS = (".jsonl", ".parquet")
+COLUMNS = ("prompt", "messages", "sampling_params")
+"""What of a Parquet file's rows is read, if it has any of them."""
+BATCH = 1024  # rows of a Parquet file that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,13 @@ def _lines(rows: Rows) -> Iterator[str]:
 def _parquet(rows: Rows) -> Iterator[str]:
     import pyarrow.parquet
 
+    end = rows.start + len(rows.ids)
     with pyarrow.parquet.ParquetFile(rows.path) as file:
-        table = file.read_row_group(rows.group).slice(rows.start, len(rows.ids))
-    for row in table.to_pylist():
-        yield json.dumps(row, default=str)
+        wanted = [name for name in COLUMNS if name in file.schema_arrow.names] or None
+        batches = file.iter_batches(BATCH, row_groups=[rows.group], columns=wanted)
+        for first, batch in zip(range(0, end, BATCH), batches, strict=False):
+            for row in batch[max(0, rows.start - first) : end - first].to_pylist():
+                yield json.dumps(row, default=str)
 
 
 @dataclass

@@ -15,7 +15,7 @@ app = typer.Typer(
     name="pool", help="Phrase pools in files: made of texts, shown, merged.", no_args_is_help=True
 )
 CapacityOption = Annotated[
-    int, typer.Option(min=8, help="Most keys; the engine's option pool_capacity, or more.")
+    int, typer.Option(min=8, help="Most keys, as the engine's option pool_capacity.")
 ]
 SetSizeOption = Annotated[int, typer.Option(min=1, max=64, help="Most phrases of a key.")]
 
@@ -30,14 +30,15 @@ def build(
     field: Annotated[
         str | None, typer.Option(help="Field of the rows that has the text. Default: usual names.")
     ] = None,
-    capacity: CapacityOption = 65536,
+    capacity: CapacityOption = 262144,
     guess_set_size: SetSizeOption = 10,
     phrase_len: Annotated[int, typer.Option(min=1, max=32, help="Tokens of a phrase.")] = 6,
     plain: PlainOption = False,
 ) -> None:
     """Fill a pool from texts, logs of answers for instance, and write its file.
 
-    Texts that come last count most. Memory is that of the pool, however long the texts are.
+    Texts that come last count most. Memory is that of the pool and of a row, however many there
+    are.
 
     Exit status: 0 when the file is written, 2 on an error.
     """
@@ -102,7 +103,7 @@ def info(
 def merge(
     paths: Annotated[list[Path], typer.Argument(help="Files of pools for one tokenizer.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    capacity: CapacityOption = 65536,
+    capacity: CapacityOption = 262144,
     guess_set_size: SetSizeOption = 10,
 ) -> None:
     """Merge pools; what stands in later files counts most.

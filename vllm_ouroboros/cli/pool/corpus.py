@@ -12,7 +12,7 @@ from vllm_ouroboros.cli.inputs import InputError
 KINDS = (".jsonl", ".parquet", ".txt", ".md")
 FIELDS = ("text", "content", "messages", "turns", "prompt", "completion", "response", "answer")
 """What of a row is text, unless a field is named: strings, or conversations."""
-PIECE = 2**20  # characters of a plain text that are read at once
+PIECE = 2**20  # characters of a plain text that are read at once, and then up to a line's end
 BATCH = 256  # rows of a Parquet file
 
 
@@ -33,7 +33,7 @@ def texts_of(file: Path, field: str | None) -> Iterator[tuple[str, int]]:
     else:
         with file.open(encoding="utf-8", errors="replace") as lines:
             while piece := lines.read(PIECE):
-                piece += lines.readline()
+                piece += lines.readline(PIECE)
                 yield piece, len(piece.encode())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -49,6 +50,10 @@ def test_messages_go_through_the_chat_template(monkeypatch) -> None:
         ({"prompt": "x", "sampling_params": {"temperature": "hot"}}, "temperature = 'hot'"),
         ({"prompt": "x", "sampling_params": {"ignore_eos": 1}}, "ignore_eos = 1"),
         ({"prompt": "x", "sampling_params": {"stop": [1]}}, "stop = [1]"),
+        ({"prompt": "x", "sampling_params": {"seed": 2**64}}, "seed = 18446744073709551616"),
+        ({"prompt": "x", "sampling_params": {"max_tokens": math.inf}}, "max_tokens = inf"),
+        ({"prompt": "x", "sampling_params": {"top_k": math.nan}}, "top_k = nan"),
+        ({"prompt": "x", "sampling_params": {"stop_token_ids": [2**63]}}, "stop_token_ids"),
         ({"prompt": "x", "sampling_params": [1]}, "must be an object"),
         ({"messages": [{"role": "user", "content": "x"}]}, "chat_template"),  # it has none
     ],

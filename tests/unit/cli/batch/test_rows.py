@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from vllm_ouroboros.cli.batch import rows
 from vllm_ouroboros.cli.batch.rows import find, read
 from vllm_ouroboros.cli.inputs import InputError
 
@@ -29,8 +30,8 @@ def lines(tmp_path: Path) -> Path:
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "rows.parquet"
-    rows = [{"key": i if i != 4 else None, "prompt": f"text {i}"} for i in range(7)]
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    found = [{"key": i if i != 4 else None, "prompt": f"text {i}"} for i in range(7)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(found), path, row_group_size=3)
     return path
 
 
@@ -46,13 +47,22 @@ def test_lines_that_are_not_finished(lines: Path, most: int) -> None:
     assert all(0 < piece.wanted <= most for piece in pieces)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 100])
 @pytest.mark.parametrize("most", [1, 2, 100])
-def test_rows_of_a_table(table: Path, most: int) -> None:
+def test_rows_of_a_table(table: Path, most: int, at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(rows, "BATCH", at_once)
     pieces = find([table], "key", {"1"}, lambda _: most)
     found = {one: json.loads(row) for piece in pieces for one, row in read(piece)}
     assert [*found] == ["0", "2", "3", "rows.parquet:5", "5", "6"]
-    assert found["rows.parquet:5"] == {"key": None, "prompt": "text 4"}
+    assert found["rows.parquet:5"] == {"prompt": "text 4"}
     assert found["6"]["prompt"] == "text 6"
+
+
+def test_a_table_without_prompts_shows_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.table({"question": ["why"]}), path)
+    [piece] = find([path], "id", (), lambda _: 1)
+    assert [*read(piece)] == [("rows.parquet:1", '{"question": "why"}')]
 
 
 def test_ids_are_places_where_there_are_none(table: Path) -> None:
@@ -63,16 +73,16 @@ def test_ids_are_places_where_there_are_none(table: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lines", "table", "two files"])
 def test_ids_that_stand_twice_are_refused(tmp_path: Path, kind: str) -> None:
-    rows = [{"id": "a"}, {"id": "b"}, {"id": "a"}]
+    found = [{"id": "a"}, {"id": "b"}, {"id": "a"}]
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other.write_text(json.dumps(rows[1]))
+    one.write_text("".join(json.dumps(row) + "\n" for row in found))
+    other.write_text(json.dumps(found[1]))
     files = [one]
     if kind == "table":
         files = [tmp_path / "one.parquet"]
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), files[0], row_group_size=2)
+        pyarrow.parquet.write_table(pa.Table.from_pylist(found), files[0], row_group_size=2)
     elif kind == "two files":
-        one.write_text(json.dumps(rows[1]))
+        one.write_text(json.dumps(found[1]))
         files = [one, other]
     with pytest.raises(InputError, match="another --id-column") as error:
         find(files, "id", (), lambda _: 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +14,10 @@ from typer.testing import CliRunner
 from vllm_ouroboros.cli.inputs import TARGET
 from vllm_ouroboros.cli.main import app
 from vllm_ouroboros.cli.pool import corpus
+from vllm_ouroboros.cli.pool.command import build as build_pool
+from vllm_ouroboros.cli.pool.command import merge
 from vllm_ouroboros.cli.pool.files import file_for
+from vllm_ouroboros.config import OuroborosConfig
 from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.phrases.pool import PhrasePool
 
@@ -76,6 +80,33 @@ def test_long_texts_are_read_piece_by_piece(tmp_path, monkeypatch) -> None:
     assert len(pieces) > 5
     assert "".join(text for text, _ in pieces) == TEXT * 20
     assert sum(size for _, size in pieces) == path.stat().st_size
+
+
+def test_a_text_in_one_line_is_read_piece_by_piece(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 64)
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 200)
+    pieces = [text for text, _ in corpus.texts_of(path, None)]
+    assert max(map(len, pieces)) <= 2 * 64
+    assert "".join(pieces) == "word " * 200
+
+
+def test_progress_is_shown(tmp_path) -> None:
+    path = written(tmp_path, "txt")
+    result = run("build", path, "--tokenizer", TARGET, "--out", tmp_path / "pool")
+    assert result.exit_code == 0, result.output
+    size = path.stat().st_size
+    assert f"{size}/{size} bytes" in result.stderr
+    assert path.name in result.stderr
+
+
+def test_pools_are_as_large_as_an_engines_unless_told() -> None:
+    usual = OuroborosConfig()
+    for command in (build_pool, merge):
+        given = {name: one.default for name, one in signature(command).parameters.items()}
+        assert given["capacity"] == usual.pool_capacity
+        assert given["guess_set_size"] == usual.guess_set_size
+        assert given.get("phrase_len", usual.phrase_len) == usual.phrase_len
 
 
 def test_capacity_bounds_the_pool(tmp_path) -> None:
