@@ -24,8 +24,8 @@ help:  ## show this list
 install: $(STAMP)  ## make .venv with the plugin (editable), vLLM and the developers' tools
 
 $(STAMP): setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	    || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing vLLM and the plugin into $(VENV): this takes some minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[$(EXTRA),dev]'
@@ -56,9 +56,11 @@ $(DEMO)/target/config.json: $(STAMP) $(wildcard scripts/inflate/*.py)
 demo-pair: $(DEMO)/target/config.json  ## the same with the shipped pair of tiny code models
 	$(BIN)/vllm-ouroboros demo --model $(DEMO)/target --draft-model $(DEMO)/draft
 
-# The shipped models are files of the package: no test needs a network. Files run in their order,
-# end-to-end tests first: the small ones at the end keep all processes busy.
-test: $(STAMP)  ## run every test (unit, kernels, e2e on the CPU)
+# The shipped models are files of the package: no test needs a network. First run the files that
+# tests/conftest.py names, then the others in their order, end-to-end tests before unit tests: the
+# small ones at the end keep all processes busy. RAY, ALL_PROMPTS and ALL_ENGINES in the environment
+# add what docs/contributing.md lists.
+test: $(STAMP)  ## run the tests (unit, kernels, e2e on the CPU)
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 \
 	    $(BIN)/pytest --import-mode=importlib -n $(JOBS) --dist loadfile \
 	    --no-loadscope-reorder tests $(PYTEST_ARGS)

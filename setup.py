@@ -21,14 +21,13 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
     keywords=["vllm", "speculative decoding", "lookahead decoding", "inference"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # A top-level package called `kernels` would shadow the one that transformers imports, so
     # Python knows the folder as `vllm_ouroboros.kernels` only.
     packages=[

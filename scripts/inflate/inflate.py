@@ -35,7 +35,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -74,20 +74,20 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 console = Console(stderr=True)
 
 
-class Preset(str, Enum):
+class Preset(StrEnum):
     demo = "demo"
     cpu = "cpu"
     llama_8b = "8b"
     llama_34b = "34b"
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     target = "target"
     draft = "draft"
     both = "both"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
 

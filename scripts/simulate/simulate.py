@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +64,7 @@ def adaptive(draft_model: str | None = DRAFT) -> tuple[dict[str, Any], int]:
     return {"draft_model": draft_model}, NODES
 
 
-class Draft(str, Enum):
+class Draft(StrEnum):
     """Whose draft model."""
 
     recorded = "recorded"

@@ -8,7 +8,7 @@ in the checkpoints of FSPAD's authors (arXiv 2408.15562).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from pair_model import Attention, Mlp, causal_attention
 from torch import Tensor, nn
 
 
-class Arm(str, Enum):
+class Arm(StrEnum):
     """Which head; each differs from `fspad` in what its name leaves out."""
 
     eagle = "eagle"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, NoReturn
 
 import typer
@@ -10,7 +10,7 @@ import typer
 EXIT_DIFFERENT, EXIT_ERROR = 1, 2
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Types of weights and activations that vLLM takes."""
 
     auto = "auto"

@@ -2,7 +2,8 @@
 
 `drafting` keeps the state of all requests (`request_state`) and calls the compiled loops:
 `round_rows` lays out a draft forward, `best_first` (from `candidates`) and `lengthening` grow trees
-(`draft_tree`), `learning` turns verified ones into phrases, `node_kinds` classes what supports a
-node, `warm_up` compiles the loops. Called by `policy`, `draft` and `integration`; never imports
-vLLM or torch.
+(`draft_tree`), `prediction` follows what a request expects, `learning` turns verified trees into
+phrases, `packing` makes arrays of them for other ranks, `node_kinds` classes what supports a node,
+`warm_up` compiles the loops. Called by `policy`, `draft` and `integration`; never imports vLLM or
+torch.
 """

@@ -50,7 +50,7 @@ def _checked(key: str, value: Any) -> Any:
     raise ValueError(f"sampling_params.{key} = {value!r} is of a wrong type or too large")
 
 
-def _fits(value: str | int | float) -> bool:
+def _fits(value: Any) -> bool:
     """Whether rows can have it in a column: Ray's integers have 64 bits."""
     return isinstance(value, str) or abs(value) < 2**63
 

@@ -1,4 +1,4 @@
-"""A job around its engines, which are none here; e2e/parallel/test_ray.py runs them."""
+"""A job around its engines, which are none here; tests/e2e/on_ray runs them."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from .servers import free_port, stop
+from ..servers import free_port, stop
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 ENGINE = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_size": 32,
           "kv_cache_memory_bytes": 2**27, "enforce_eager": True}  # fmt: skip
 """Engine arguments of the engines of such a program."""
@@ -102,3 +103,28 @@ def _has_models(address: str) -> bool:
         answer = httpx.get(f"{address}/v1/models", timeout=60)
         return answer.status_code == 200 and bool(answer.json()["data"])
     return False
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes of the cluster with such a title."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if title in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+def below(process: psutil.Process) -> list[psutil.Process]:
+    """Its children and theirs."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title_of(process: psutil.Process) -> str:
+    """What stands in its command line."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -1,9 +1,8 @@
-"""The programs of examples/, on a Ray cluster of this machine's cores."""
+"""The programs of examples/, on a Ray cluster."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,15 +10,9 @@ import httpx
 import pytest
 from vllm import SamplingParams
 
-from ..ray_programs import ENGINE, EXAMPLES, START_SECONDS, ray_cluster, serving_on_ray
+from .ray_programs import ENGINE, EXAMPLES, START_SECONDS, serving_on_ray
 
 NEW_TOKENS = 256  # what batch_generate.py asks for
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster(tmp_path_factory):
-    with ray_cluster(tmp_path_factory.mktemp("cluster"), cpus=os.cpu_count() or 2):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,7 @@ def expected(texts, tokenizer, vanilla) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def test_batch_generate(texts, expected, tmp_path) -> None:
+def test_batch_generate(cluster, texts, expected, tmp_path) -> None:
     rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     given = [{"id": str(i), "prompt": text} for i, text in enumerate(texts[:3])]
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in given))
@@ -48,7 +41,7 @@ def test_batch_generate(texts, expected, tmp_path) -> None:
     assert found == {str(i): text for i, text in enumerate(expected)}
 
 
-def test_serve_ray(texts, expected, tmp_path) -> None:
+def test_serve_ray(cluster, texts, expected, tmp_path) -> None:
     body = {"model": "tiny", "prompt": texts[0], "temperature": 0, "max_tokens": NEW_TOKENS}
     with serving_on_ray(tmp_path) as address:
         answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120)
