@@ -86,6 +86,15 @@ def test_sleep_keeps_the_drafts_weights(monkeypatch, level, tags) -> None:
     assert not worker._weights_of_draft
 
 
+def test_weights_that_a_trainer_sends_are_the_targets_too(monkeypatch) -> None:
+    done = []
+    monkeypatch.setattr(Worker, "finish_weight_update", lambda self: done.append("sent"))
+    worker = object.__new__(OuroborosCUDAWorker)
+    worker.model_runner = SimpleNamespace(target_changed=lambda: done.append("told"))
+    worker.finish_weight_update()
+    assert done == ["sent", "told"]
+
+
 def test_engines_without_a_draft_model_sleep(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(Worker, "sleep", lambda self, level: calls.append(level))

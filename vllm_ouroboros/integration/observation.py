@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_ouroboros.draft.head import DraftHead
 from vllm_ouroboros.integration.deferred import Deferred
-from vllm_ouroboros.integration.live_requests import LiveRequests
+from vllm_ouroboros.integration.live_requests import LiveRequests, Request
 from vllm_ouroboros.metrics.counters import Counters
 from vllm_ouroboros.policy.controller import Policy
 from vllm_ouroboros.trees.draft_tree import DraftTree
@@ -16,6 +16,8 @@ from vllm_ouroboros.trees.drafting import Drafting
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_ouroboros.verify.acceptance import Verified
 
 
 class Observation:
@@ -50,7 +52,7 @@ class Observation:
             policy: learns rates of acceptance.
         """
         self.deferred.catch_up()  # of a step whose forward never came
-        counters, committed = self.counters, self.drafting.state.committed
+        committed = self.drafting.state.committed
         slots: list[int] = []
         roots: list[int] = []
         trees: list[DraftTree] = []
@@ -60,40 +62,46 @@ class Observation:
                 continue
             req_id = runner.input_batch.req_ids[row]
             request = self.requests[req_id]
-            counters.steps += 1
-            counters.emitted_tokens += len(tokens)
-            sources = [0] * len(tokens)
             found = runner.verified.get(req_id)
+            self._count(request, tokens, found)
             if found is not None:
                 slots.append(request.slot)
                 roots.append(int(token_ids[row, committed[request.slot] - 1]))
                 trees.append(found.tree)
                 predicted.append(found.predicted)
-                accepted = found.tree.sources[found.path].tolist()
-                sources[: len(accepted)] = accepted
-                counters.count_tree(
-                    found.tree.sources.tolist(), accepted, request.expects(found.tree)
-                )
             if policy is not None and request.grown_tree is not None:
                 text, size = np.array(tokens, np.int32), len(found.tree.tokens) if found else 0
                 self.deferred.call(
                     policy.learn, request.slot, request.grown_tree, size, request.phrase_tree,
                     text, policy.step_class(request.slot),
                 )  # fmt: skip
-            if self.requests.tracing:
-                request.origins.extend(sources)
             self.drafting.settle(request.slot, tokens)
             request.drop_drafts()
         self.drafting.learn(slots, roots, trees, predicted)
 
     def pass_by(self, runner: GPUModelRunner, emitted: list[list[int]]) -> None:
-        """Count a step whose drafts are forgotten, and learn nothing; arguments as for `learn`."""
+        """Count a step in a pause, and learn nothing; arguments as for `learn`. Trees in it are of
+        requests that were in no batch when drafting failed.
+        """
         for req_id, tokens in zip(runner.input_batch.req_ids, emitted, strict=False):
             if tokens:
-                self.counters.steps += 1
-                self.counters.emitted_tokens += len(tokens)
-                if self.requests.tracing:
-                    self.requests[req_id].origins.extend([0] * len(tokens))
+                request = self.requests[req_id]
+                self._count(request, tokens, runner.verified.get(req_id))
+                request.drop_drafts()
+
+    def _count(self, request: Request, tokens: list[int], found: Verified | None) -> None:
+        """Count a step of a request, and what was verified in it."""
+        counters = self.counters
+        counters.steps += 1
+        counters.emitted_tokens += len(tokens)
+        sources = [0] * len(tokens)
+        if found is not None:
+            accepted = found.tree.sources[found.path].tolist()
+            sources[: len(accepted)] = accepted
+            expected = request.expects(found.tree)
+            counters.count_tree(found.tree.sources.tolist(), accepted, expected)
+        if self.requests.tracing:
+            request.origins.extend(sources)
 
 
 def keep_features(head: DraftHead, requests: LiveRequests, runner: GPUModelRunner) -> None:

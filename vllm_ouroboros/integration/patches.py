@@ -162,7 +162,8 @@ def _wrap_stat_loggers(original: Any) -> Any:
         if is_selected(vllm_config):
             from vllm_ouroboros.integration.stat_logger import stat_logger
 
-            custom_stat_loggers = [stat_logger(custom_stat_loggers), *(custom_stat_loggers or [])]
+            own = stat_logger(custom_stat_loggers, alone=kwargs.get("client_count", 1) == 1)
+            custom_stat_loggers = [own, *(custom_stat_loggers or [])]
         original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
     return __init__

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
+MOST_CHARACTERS = 16
+"""Characters of a predicted text for each token that a text may have; usual are four."""
+
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures what is below "vllm"
 
 
@@ -44,7 +47,9 @@ def _token_ids(prediction: str | list[int], processor: InputProcessor) -> list[i
                 "ouroboros.prediction is text, and this engine has no tokenizer "
                 "(skip_tokenizer_init): pass token ids"
             )
-        ids = processor.tokenizer.encode(prediction, add_special_tokens=False)
+        # the event loop of a server waits for this: no more than can be of use
+        text = prediction[: MOST_CHARACTERS * model.max_model_len]
+        ids = processor.tokenizer.encode(text, add_special_tokens=False)
     size = model.get_vocab_size()
     wrong = next((token for token in ids if token >= size), None)
     if wrong is not None:

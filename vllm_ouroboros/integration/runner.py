@@ -116,6 +116,10 @@ class TreeRunner(GPUModelRunner):
 
     def reload_weights(self, *args, **kwargs) -> None:
         super().reload_weights(*args, **kwargs)
+        self.target_changed()
+
+    def target_changed(self) -> None:
+        """The target has other weights now."""
         if self.drafter.draft is not None:
             self.drafter.draft.target_changed()
 

@@ -82,6 +82,8 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
 
     classes: type[PrometheusStatLogger] = PrometheusStatLogger
     """Logger whose classes of metrics to use."""
+    logs = True
+    """Whether it writes lines of the log: one of several front ends sees a part of the steps."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self._lines = {index: _Line() for index in engine_indexes}
@@ -151,22 +153,27 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
         """Sum up what was done since the last call, in a line for each engine that did anything."""
         for index, line in self._lines.items():
             text = line.take()
-            if text is not None:
+            if text is not None and self.logs:
                 logger.info("Engine %03d: Ouroboros: %s", index, text)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say yet."""
 
 
-def stat_logger(others: list[Any] | None) -> type[OuroborosStatLogger]:
+def stat_logger(others: list[Any] | None, *, alone: bool = True) -> type[OuroborosStatLogger]:
     """The class of logger for an engine that has these loggers of its own: Ray Serve's metrics go
     where those of its `PrometheusStatLogger` go.
+
+    Args:
+        others: classes or factories of loggers.
+        alone: whether the engine has no other front end.
     """
     kinds = [one for one in others or [] if isinstance(one, type)]
     found = [one for one in kinds if issubclass(one, PrometheusStatLogger)]
 
     class StatLogger(OuroborosStatLogger):
         classes = found[0] if found else PrometheusStatLogger
+        logs = alone
 
     return StatLogger
 

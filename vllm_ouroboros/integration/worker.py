@@ -31,6 +31,11 @@ class OuroborosWorkerMixin:
         self.model_runner.measure_costs()
         return result
 
+    def finish_weight_update(self, *args, **kwargs) -> None:
+        """As vLLM does; trainers send weights past `TreeRunner.reload_weights`."""
+        super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.target_changed()
+
     def shutdown(self) -> None:
         """Save the phrase pool, then end as vLLM does; a later engine gets vLLM's backends."""
         runner = getattr(self, "model_runner", None)  # absent if the start failed

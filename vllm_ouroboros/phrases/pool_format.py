@@ -26,6 +26,9 @@ from vllm_ouroboros.phrases import file_rows
 FORMAT = "vllm-ouroboros phrase pool"
 FORMAT_VERSION = 5
 
+MAX_BYTES = 2**32
+"""Of a file that is read: a pool of the default size takes a fiftieth, and it is read whole."""
+
 _MAX_HEADER = 2**20  # bytes; ours takes less than one kB
 
 
@@ -75,8 +78,11 @@ class PoolFormat(NamedTuple):
             ForeignError: it cannot be used, for whatever reason.
         """
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
                 raise ForeignError("is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise ForeignError(f"has {status.st_size} bytes, more than any pool")
             # not mapped: a mapped file that someone shortens meanwhile ends the process
             with path.open("rb") as file:
                 found = mark(os.fstat(file.fileno()))

@@ -48,6 +48,17 @@ def _predicted_end(req, s, draft_tokens, stops):
 
 
 @njit(cache=True)
+def _predict(req, s, size, limit, draft_tokens, stops):
+    """Grow a tree of ``size`` nodes along the prediction; its new size, and the last node of it."""
+    at = req.predicted_at[s]
+    length = max(0, _predicted_end(req, s, draft_tokens, stops) - at)
+    return grow(
+        req.tokens[s], req.parents[s], req.sources[s], size, limit,
+        ROOT, req.predicted[s], at, length, _PREDICTION,
+    )  # fmt: skip
+
+
+@njit(cache=True)
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
     """Fill the trees: the chain with its branches, up to K suffixes at its end, phrases at the root
     with the rest. A request that is `chain_only` gets a chain: its own with the best suffix.
@@ -57,7 +68,8 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
 
     A request without a drafted chain gets one from its prediction, or from the pool: the best
     phrase, then the best phrase of its last token, and so on. Beside a drafted chain the prediction
-    is a branch at the root.
+    is a branch at the root; where the text has followed it for a while, it comes first, and the
+    chain takes what is left.
     """
     branch = np.empty(2, np.int32)
     for r in range(slots.shape[0]):
@@ -65,29 +77,34 @@ def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, s
         tokens, parents, sources = req.tokens[s], req.parents[s], req.sources[s]
         limit, scope = req.node_limit[s], req.scope[s]
         root = token_ids[rows[r], req.committed[s] - 1]
-        size, end = grow(
-            tokens, parents, sources, 0, limit, ROOT, req.chain[s], 0, req.chain_len[s], _DRAFT
-        )
-        for place in range(min(size, req.branches.shape[1] - 1) + 1):
-            for rank in range(req.branches.shape[2]):
-                if req.branches[s, place, rank] >= 0:
-                    branch[0] = req.branches[s, place, rank]
-                    branch[1] = req.branch_next[s, place, rank]
-                    length = 1 if branch[1] < 0 or _is_stop(branch[0], stops) else 2
-                    size, _ = grow(
-                        tokens, parents, sources, size, limit,
-                        place - 1, branch, 0, length, _DRAFT,
-                    )  # fmt: skip
-        if req.predicted_len[s] > 0 and (req.chain_len[s] == 0 or not req.chain_only[s]):
+        size, end, predicted, sure = 0, ROOT, req.predicted_len[s] > 0, False
+        if predicted:
             follow(req, s, token_ids[rows[r]], req.committed[s])
-            at = req.predicted_at[s]
-            size, last_predicted = grow(
-                tokens, parents, sources, size, limit, ROOT, req.predicted[s],
-                at, max(0, _predicted_end(req, s, draft_tokens, stops) - at), _PREDICTION,
+            sure = req.predicted_run[s] >= SURE_RUN and req.predicted_at[s] < req.predicted_len[s]
+        if sure:
+            size, end = _predict(req, s, size, limit, draft_tokens, stops)
+        chained = req.chain_len[s] > 0 and not (sure and req.chain_only[s])
+        if chained:
+            size, end = grow(
+                tokens, parents, sources, size, limit,
+                ROOT, req.chain[s], 0, req.chain_len[s], _DRAFT,
             )  # fmt: skip
-            if req.chain_len[s] == 0:
+        if not sure:
+            for place in range(min(size, req.branches.shape[1] - 1) + 1):
+                for rank in range(req.branches.shape[2]):
+                    if req.branches[s, place, rank] >= 0:
+                        branch[0] = req.branches[s, place, rank]
+                        branch[1] = req.branch_next[s, place, rank]
+                        length = 1 if branch[1] < 0 or _is_stop(branch[0], stops) else 2
+                        size, _ = grow(
+                            tokens, parents, sources, size, limit,
+                            place - 1, branch, 0, length, _DRAFT,
+                        )  # fmt: skip
+        if predicted and not sure and not (chained and req.chain_only[s]):
+            size, last_predicted = _predict(req, s, size, limit, draft_tokens, stops)
+            if not chained:
                 end = last_predicted
-        while req.chain_len[s] == 0 and size < min(limit, draft_tokens):
+        while not chained and size < min(limit, draft_tokens):
             last = tokens[end] if end >= 0 else root
             slot = find(pool, scope, last)
             if slot < 0 or pool.counts[slot] == 0 or (end >= 0 and _is_stop(last, stops)):

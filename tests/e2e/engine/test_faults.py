@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import cloudpickle
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 import vllm_ouroboros
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+SEEDED = [SamplingParams(temperature=0.8, seed=i, max_tokens=48) for i in range(8)]
+MIXED = [one for seeded in SEEDED for one in (GREEDY, seeded)]
 
 
 @pytest.fixture(scope="module")
-def engine(ouroboros):
-    """An engine that takes functions, by value: it cannot import this module."""
+def started(ouroboros, pair):
+    """Starts engines that take functions, by value: they cannot import this module."""
     with pytest.MonkeyPatch.context() as context:
         context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield ouroboros(options={"num_suffixes": 4})  # one of its own, started with that setting
+
+        def start(draft: str):
+            options = {"num_suffixes": 4, "draft_model": str(pair / draft)}
+            return ouroboros(options=options, enable_prefix_caching=True)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def engine(started):
+    return started("draft")
 
 
 def fail_rounds(worker) -> None:
@@ -83,20 +97,23 @@ def kinds(worker) -> list[int]:
 @pytest.mark.parametrize(
     ("fault", "kind"), [(fail_rounds, 0), (no_memory, 1), (no_numbers, 2), (infinite, 2)]
 )
-def test_a_draft_model_that_fails(fault, kind, engine, prompts, vanilla, tools) -> None:
-    expected = tools.tokens_of(vanilla(prompts[:16], GREEDY))
+@pytest.mark.parametrize("draft", ["draft", "head"])
+def test_a_draft_model_that_fails(draft, fault, kind, started, prompts, vanilla, tools) -> None:
+    engine = started(draft)
+    expected = tools.tokens_of(vanilla(prompts[:16], MIXED))
     [before] = engine.collective_rpc(kinds)
     engine.collective_rpc(fault)
     with tools.Used(engine) as used:
-        assert tools.tokens_of(tools.generate(engine, prompts[:12], GREEDY)) == expected[:12]
+        assert tools.tokens_of(tools.generate(engine, prompts[:12], MIXED[:12])) == expected[:12]
     [after] = engine.collective_rpc(kinds)
     assert used["faults"] >= 2
     assert after[kind] - before[kind] == used["faults"], "of that kind, all of them"
     assert used["faults"] < used["target_forwards"] // 2, "it tries again at growing intervals"
     assert used["emitted_tokens"] == sum(map(len, expected[:12]))
     engine.collective_rpc(mend)
+    assert engine.reset_prefix_cache()  # a head reads no prompt whose features it has not seen
     with tools.Used(engine) as used:
-        assert tools.tokens_of(tools.generate(engine, prompts[:16], GREEDY)) == expected
+        assert tools.tokens_of(tools.generate(engine, prompts[:16], MIXED)) == expected
     assert used["faults"] == 0
     assert used["accepted_from_draft"] > used["emitted_tokens"] // 10, "it drafts again"
 
@@ -150,23 +167,71 @@ def test_work_that_is_put_off_fails(engine, prompts, vanilla, tools) -> None:
     assert used["faults"] == 1
 
 
-def test_weights_are_loaded_again(engine, prompts, vanilla, tools) -> None:
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory) -> str:
+    """The target after a step of training, as it were."""
+    folder = tmp_path_factory.mktemp("trained") / "target"
+    shutil.copytree(pair / "target", folder)
+    [path] = folder.glob("*.safetensors")
+    tensors, generator = load_file(path), torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        weight = tensors[name]
+        noise = torch.randn(weight.shape, generator=generator) * weight.float().std() / 8
+        tensors[name] = (weight.float() + noise).to(weight.dtype) if weight.dim() > 1 else weight
+    save_file(tensors, path, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def after_training(trained, pair, prompts, vanilla, tools) -> list[list]:
+    """What vanilla vLLM says once it has loaded those weights, and then the first ones again."""
+    plain = vanilla.engine(max_num_batched_tokens=1024)  # which no other test asks for
+    found = []
+    for path in (trained, str(pair / "target")):
+        plain.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        found.append(tools.tokens_of(tools.generate(plain, prompts[:16], GREEDY)))
+    assert sum(a != b for a, b in zip(*found, strict=True)) > 8
+    return found
+
+
+@pytest.mark.parametrize("draft", ["draft", "head"])
+def test_weights_are_loaded_again(
+    draft, started, trained, after_training, pair, prompts, tools
+) -> None:
     """As those who train a policy do between its steps: phrases stay, texts are the target's."""
-    expected = tools.tokens_of(vanilla(prompts[:16], GREEDY))
+    engine = started(draft)
     tools.generate(engine, prompts[:8], GREEDY)
-    before = vllm_ouroboros.stats(engine)["pool_phrases"]
-    assert before > 0
-    engine.collective_rpc("reload_weights")
-    assert engine.reset_prefix_cache()
-    assert vllm_ouroboros.stats(engine)["pool_phrases"] == before, "they are no KV"
-    with tools.Used(engine) as used:
-        assert tools.tokens_of(tools.generate(engine, prompts[:16], GREEDY)) == expected
-    assert used["accepted_from_draft"] > used["emitted_tokens"] // 10
+    for path, expected in zip((trained, str(pair / "target")), after_training, strict=True):
+        before = vllm_ouroboros.stats(engine)["pool_phrases"]
+        assert before > 0
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        assert engine.reset_prefix_cache()
+        assert vllm_ouroboros.stats(engine)["pool_phrases"] == before, "they are no KV"
+        with tools.Used(engine) as used:
+            outputs = tools.generate(engine, prompts[:16], GREEDY)
+        assert tools.tokens_of(outputs) == expected
+        assert used["accepted_from_draft"] > used["emitted_tokens"] // 20
     vllm_ouroboros.reset_pool(engine)
     assert vllm_ouroboros.stats(engine)["pool_phrases"] == 0
     with tools.Used(engine) as used:
         assert tools.tokens_of(tools.generate(engine, prompts[:8], GREEDY)) == expected[:8]
     assert used["pool_phrases"] > 0
+
+
+def test_cached_prefixes_are_forgotten_with_what_was_drafted_of_them(
+    engine, prompts, tools
+) -> None:
+    """The draft model's KV stands in the target's blocks: it goes with them, and comes again."""
+    given = [prompts[0] * 3] * 2
+    cached = []
+    for reset in (False, False, True):
+        if reset:
+            assert engine.reset_prefix_cache()
+        with tools.Used(engine) as used:
+            [output] = tools.generate(engine, given[:1], GREEDY)
+        cached.append(output.num_cached_tokens)
+        assert used["accepted_from_draft"] + used["accepted_from_suffix"] > 0
+    assert cached[1] > 0 == cached[2]
 
 
 def test_sleep(engine, prompts, vanilla, tools) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 
+import cloudpickle
+import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -16,7 +19,20 @@ COUNTS = ("steps", "verified_nodes", "accepted_tokens", "pool_lookups", "pool_hi
 @pytest.fixture(scope="module")
 def llm(ouroboros):
     """Drafts come from the pool alone here."""
-    return ouroboros(options={"draft_model": None}, max_num_seqs=1)
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a function, by value
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        yield ouroboros(options={"draft_model": None}, max_num_seqs=1)
+
+
+def held(worker, tokens: list[int]) -> tuple[int, int]:
+    """Phrases of the pool, and those that have one of some tokens."""
+    arrays = worker.model_runner.drafter.drafting.pool.arrays
+    places = np.arange(arrays.tokens.shape[2])
+    held = np.arange(arrays.tokens.shape[1]) < arrays.counts[:, None]
+    inside = held[:, :, None] & (places < arrays.lengths[:, :, None])
+    found = (np.isin(arrays.tokens, tokens) & inside).any(2)
+    return int(held.sum()), int(found.sum())
 
 
 def params(**options) -> SamplingParams:
@@ -53,6 +69,20 @@ def test_nothing_is_learned(llm, prompts, tools) -> None:
     assert warm["accepted_tokens"] > cold["accepted_tokens"], "what others wrote may be used"
 
 
+def test_nothing_is_learned_of_drafts(ouroboros, prompts, tools) -> None:
+    """Nor of what a draft model and its window say, where the pool knows what others wrote."""
+    llm = ouroboros()
+    tools.generate(llm, prompts[:6], params())
+    with tools.Used(llm) as used:
+        tools.generate(llm, prompts[4:12], params(learn=False))
+    assert used["accepted_from_draft"] > 0
+    assert used["accepted_from_suffix"] > 0
+    changed = {name: n for name, n in used.counts.items() if name.startswith("pool_from_")}
+    assert len(changed) == 4
+    assert not any(changed.values())
+    assert used["pool_phrases"] == 0
+
+
 def test_phrases_stay_in_their_scope(llm, prompts, tools) -> None:
     some = prompts[:6]
     vllm_ouroboros.reset_pool(llm)
@@ -74,6 +104,22 @@ def test_a_prediction_that_comes_true(llm, prompts, tools) -> None:
             [again], counts = run(llm, tools, [ids], prediction=prediction, learn=False)
             assert again == text
             assert counts["steps"] <= (3 if prediction == text else 6), "text may be split anew"
+
+
+def test_a_prediction_is_of_its_request_alone(llm, prompts, tools) -> None:
+    """It never enters the pool, though the request's own text does."""
+    some = prompts[:6]
+    vllm_ouroboros.reset_pool(llm)
+    texts, _ = run(llm, tools, some)
+    rare = [4000, 4017, 4033, 4051]
+    assert llm.collective_rpc(held, args=(rare,))[0][1] == 0, "no text has them"
+    vllm_ouroboros.reset_pool(llm)
+    with tools.Used(llm) as used:
+        assert run(llm, tools, some, prediction=rare * 3)[0] == texts
+    assert used["verified_nodes"] > 100
+    [(phrases, found)] = llm.collective_rpc(held, args=(rare,))
+    assert phrases == vllm_ouroboros.stats(llm)["pool_phrases"] > 100
+    assert found == 0
 
 
 def test_predictions_with_mistakes(llm, prompts, vanilla, tools) -> None:

@@ -65,6 +65,18 @@ def test_replicas_answer_as_vanilla_and_share_what_they_learned(
     )
     for engine, count in accepted:
         assert sum(float(n) for which, n in ours if which == engine) == float(count)
+        for name, theirs in (
+            ("verified_nodes_total", "spec_decode_num_draft_tokens_total"),
+            ("accepted_length_count", "spec_decode_num_drafts_total"),
+        ):  # fmt: skip
+            found = re.findall(rf'ouroboros_{name}\{{engine="{engine}",.*\}} (.*)', metrics)
+            known = re.findall(rf'vllm:{theirs}\{{engine="{engine}",.*\}} (.*)', metrics)
+            assert [float(n) for n in found] == [float(n) for n in known]
+            assert len(found) == 1
+    for line in ("pool_phrases", "pool_bytes", "request_state_bytes"):
+        shown = re.findall(rf'ouroboros_{line}\{{engine="(\d)",.*\}} (.*)', metrics)
+        assert sorted(engine for engine, _ in shown) == ["0", "1"]
+        assert all(float(n) > 0 for _, n in shown)
 
 
 def all_in(path: Path, prompts: list[list[int]]) -> bool:

@@ -159,26 +159,32 @@ def test_options_of_a_request(server, texts, expected):
 
 def test_figures_of_a_request(server, texts, expected):
     """Of the steps that verified a tree: their accepted tokens, and one of the target's own."""
+    before = read_metrics(server)
     answer = httpx.post(f"{server}/v1/completions", json=body(texts[6]), timeout=120)
+    after = read_metrics(server)
+    used = {name: value - before.get(name, 0.0) for name, value in after.items()}
     figures = answer.json()["metrics"]["speculative_decoding"]
     steps, accepted = figures["per_step_drafted"], figures["per_step_accepted"]
     assert len(steps) == figures["num_spec_steps"] == sum(figures["acceptance_histogram"])
     assert sum(steps) == figures["num_draft_tokens"]
     assert sum(accepted) == figures["num_accepted_draft_tokens"] > 0
     assert all(0 <= a <= nodes <= 26 for a, nodes in zip(accepted, steps, strict=True))
+    assert len(steps) == used["ouroboros_accepted_length_count"]
+    assert sum(steps) == used["ouroboros_verified_nodes_total"]
+    assert sum(accepted) == used["ouroboros_accepted_tokens_total"]
     tokens = answer.json()["usage"]["completion_tokens"]
     assert tokens + 26 >= sum(accepted) + len(steps) + 1, "and the one behind the prompt"
 
 
 def test_metrics(server, texts, folder):
-    before = read_metrics(server)
+    before, begin = read_metrics(server), time.monotonic()
     with ThreadPoolExecutor(8) as threads:
         for answer in threads.map(
             lambda text: httpx.post(f"{server}/v1/completions", json=body(text), timeout=240),
             texts[8:24],
         ):
             answer.raise_for_status()
-    after = read_metrics(server)
+    after, passed = read_metrics(server), time.monotonic() - begin
     used = {name: value - before.get(name, 0.0) for name, value in after.items()}
     accepted = used["ouroboros_accepted_tokens_total"]
     assert accepted == used["vllm:spec_decode_num_accepted_tokens_total"] > 0
@@ -200,6 +206,7 @@ def test_metrics(server, texts, folder):
         if name.startswith("ouroboros_phase_seconds_total ")
     }
     assert seconds["target"] > seconds["learn"] > 0
+    assert sum(seconds.values()) < passed, "no second belongs to two phases"
     assert after["ouroboros_pool_phrases"] > 0
     assert after["ouroboros_pool_bytes"] > after["ouroboros_request_state_bytes"] > 0
     assert after["ouroboros_faults_total"] == after["ouroboros_paused"] == 0

@@ -120,6 +120,18 @@ def test_a_line_for_what_was_done(monkeypatch) -> None:
     assert "fault" not in line and "saves" not in line
 
 
+def test_one_of_several_front_ends_writes_no_line(monkeypatch) -> None:
+    """It sees a part of the steps; vLLM's own lines are off then, too."""
+    lines: list[str] = []
+    monkeypatch.setattr(module.logger, "info", lambda *args: lines.append(args[0]))
+    for alone in (False, True):
+        logger = module.stat_logger(None, alone=alone)(CONFIG, [0])
+        logger.record(carried(Carrier(), reading(3)), None)
+        logger.log()
+        assert len(lines) == alone
+    assert value("ouroboros_target_forwards_total") == 3
+
+
 def test_metrics_go_where_those_of_the_engine_go() -> None:
     """Ray Serve has classes of its own."""
     made = []

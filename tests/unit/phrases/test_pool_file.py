@@ -113,6 +113,12 @@ def header(text: bytes, length: int | None = None) -> bytes:
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
+def sparse(path: Path, data: bytes, size: int) -> None:
+    """A file that begins with data and takes no place on the disk."""
+    path.write_bytes(data)
+    os.truncate(path, size)
+
+
 FOREIGN = {
     "empty": (as_bytes(b""), "truncated"),
     "noise": (as_bytes(np.random.default_rng(0).bytes(4096)), "not a phrase pool"),
@@ -135,6 +141,7 @@ FOREIGN = {
     "older": (as_bytes(container(format_version="1")), "another format version ('1'"),
     "newer": (as_bytes(container(format_version="9")), "another format version ('9'"),
     "odd version": (as_bytes(container(format_version="x\ny")), r"('x\ny'"),
+    "huge": (lambda path: sparse(path, container(), 2**33), "8589934592 bytes, more than any pool"),
     "directory": (lambda path: path.mkdir(), "not a regular file"),
     "pipe": (lambda path: os.mkfifo(path), "not a regular file"),
     "loop": (lambda path: path.symlink_to(path), "unreadable"),

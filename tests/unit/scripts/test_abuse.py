@@ -19,7 +19,7 @@ import abuse_verdicts as verdicts
 from abuse_clock import DAY, ShiftedClock
 from abuse_latencies import Latency, compare
 from abuse_prompts import ChatPrompts
-from abuse_requests import CONTEXT, SHAPES, abuse_request, probe_requests
+from abuse_requests import CONTEXT, KINDS, SHAPES, abuse_request, probe_requests
 from abuse_schedule import (
     EVENTS,
     Outage,
@@ -75,6 +75,7 @@ def test_growth_is_found_and_its_interval_holds_it() -> None:
     assert level.flat
     assert slope(at, 2e9 - 50e6 * at / 3600 + noise).flat, "it may shrink"
     assert slope(at[:10], noise[:10]) is None
+    assert not slope(at, 2e9 + 400 * noise).flat, "nobody can tell"
 
 
 def test_latencies_are_compared_probe_by_probe() -> None:
@@ -159,7 +160,12 @@ def test_requests_of_a_seed_are_the_same_and_of_all_kinds() -> None:
     words = [one.request.body["prompt"] for one in again]
     known = [one.request.body["prompt"] for one in asked]
     assert sum(a != b for a, b in zip(words, known, strict=True)) > 100, "but for the shortest"
-    assert {one.kind for one in asked} >= {"usual", "long", "options", "too_long"}
+    assert {one.kind for one in asked} == KINDS.keys()
+    leaving = [one for one in asked if one.kind == "leaving"]
+    assert len(leaving) > 5
+    assert all(27 * one.request.leave_after_pieces < 96 for one in leaving), "before the end"
+    drafting = [one for one in asked if one.kind == "longest" and sizes[asked.index(one)] > 1]
+    assert all(len(one.request.body["prompt"]) < CONTEXT - 1 for one in drafting) and drafting
     probes = probe_requests(prompts)
     assert probes == probe_requests(ChatPrompts(TARGET))
     assert all(probe.deterministic for probe in probes)

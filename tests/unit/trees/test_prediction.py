@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_ouroboros.phrases.arrays import PhraseSource
 from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.draft_tree import NodeSource
@@ -148,6 +149,21 @@ def test_beside_a_drafted_chain(adaptive) -> None:
     }
     chain = text.trees(adaptive, chain=(80, 81), chain_only=True)
     assert chain.is_chain
+
+
+@pytest.mark.parametrize("chain_only", [False, True])
+def test_what_the_text_has_followed_comes_first(chain_only) -> None:
+    """Before a drafted chain, and phrases, that would fill the tree."""
+    said = [*range(1, 40)]
+    text = Text(said)
+    text.drafting.pool.insert(5, [60, 61, 62], PhraseSource.PROMPT)
+    text.text += said[:5]
+    tree = text.trees(False, chain=(6, 80, 81), chain_only=chain_only)
+    assert tree.tokens.tolist() == said[5 : 5 + 16]
+    assert set(tree.sources.tolist()) == {NodeSource.PREDICTION}
+    text.text += [70]  # it has left the prediction: what is drafted comes first again
+    tree = text.trees(False, chain=(6, 80, 81), chain_only=chain_only)
+    assert tree.tokens[:3].tolist() == [6, 80, 81]
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
