@@ -141,7 +141,7 @@ class Crowd:
                     if not await asyncio.wait_for(reader.read(1), rng.uniform(*IDLE_SECONDS)):
                         return "the server hung up"
                     return "the server said something unasked"
-        except (OSError, EOFError, asyncio.TimeoutError) as error:
+        except (TimeoutError, OSError, EOFError) as error:
             return repr(error)
         finally:
             if writer is not None:
@@ -156,6 +156,16 @@ class Crowd:
         right = sum(sound for sound, _ in found)
         return {"when": when, "at": round(self.keeper.now(), 1), "right": right, "of": len(found)}
 
+    def _count(self, asked: Asked, answer: Answer) -> None:
+        """Count an answer by what became of it, and by what was asked."""
+        counts, body = self.counts, asked.request.body
+        counts["left" if answer.get("left") else "answered"] += 1
+        counts["left mid-stream"] += bool(answer.get("left") and answer["choices"])
+        counts[asked.kind] += 1
+        counts["sampled"] += asked.request.sampled
+        counts["with a grammar"] += "structured_outputs" in body
+        counts["of several choices"] += body.get("n", 1) > 1
+
     async def _have(self, asked: Asked) -> tuple[bool, bool]:
         """Ask until there is an answer, again after each outage.
 
@@ -167,7 +177,8 @@ class Crowd:
             begun = self.keeper.now()
             answer = await ask(self._client, self.keeper.url, asked.request, self._timeout)
             found = self._problems(asked, answer)
-            lost = answer["status"] in (0, 500, 502, 503) and not answer.get("left")
+            lost = answer["status"] in (0, 500, 502, 503)
+            lost = lost and not answer.get("left") and not answer.get("hung")
             why = excuse(self.keeper.outages, begun, self.keeper.now()) if lost else None
             if why is None:
                 break
@@ -175,8 +186,7 @@ class Crowd:
             self.counts[why] += 1
             await asyncio.sleep(1)
             await self.keeper.up.wait()
-        self.counts["left" if answer.get("left") else "answered"] += 1
-        self.counts[asked.kind] += 1
+        self._count(asked, answer)
         if found:
             if lost:
                 await asyncio.sleep(1)  # there is no server, or a broken one

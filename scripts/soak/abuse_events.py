@@ -19,6 +19,7 @@ from abuse_servers import Keeper
 
 SAVED, UNSAVED = "ouroboros_pool_saves_total", "ouroboros_pool_save_failures_total"
 DAYS = {"clock_forwards": 3, "clock_backwards": -5}
+FOUND_AGAIN = 0.95  # of the phrases in a file: sets of a full pool may be too small for some
 SHOWN_SECONDS = 20
 """Within which a save is over and /metrics shows it: counters move with the engine's steps."""
 
@@ -132,6 +133,7 @@ class Events:
 
     async def _kill(self, event: Planned, row: Row) -> None:
         """A process dies, and a server is started again, with the phrases that were saved."""
+        held = self._disk.phrases()
         row["effect"] = await self._keeper.kill(engine=event.name == "engine_killed")
         if row["effect"].pop("left"):
             row["problems"].append("processes outlived it")
@@ -139,9 +141,11 @@ class Events:
         log = self._keeper.life.server.log.read_text(errors="replace")
         found = re.search(r"starting with (\d+) phrases", log)
         phrases = int(found[1]) if found else 0
-        row["effect"] |= {"ready": round(self._keeper.now(), 1), "phrases": phrases}
-        if not phrases:
-            row["problems"].append("the new server has no phrases of the old one")
+        row["effect"] |= {
+            "ready": round(self._keeper.now(), 1), "phrases_in_file": held, "phrases": phrases
+        }  # fmt: skip
+        if phrases < FOUND_AGAIN * held:
+            row["problems"].append("the new server has not the phrases that were saved")
         self.checks.append(await self._check(event.name))
 
     async def _mended(self, row: Row, before: dict[str, float]) -> None:

@@ -16,7 +16,10 @@ PROBES = 40
 SHAPES, SLOW_SHAPES = 120, 48
 """So many requests have shapes of their own: kind, parameters and lengths, of which each window of
 a run has the same mix. Words are of each request alone."""
-KINDS = {"usual": 79, "long": 8, "options": 8, "longest": 1, "too_long": 2, "wrong_options": 2}
+KINDS = {
+    "usual": 66, "leaving": 10, "long": 8, "options": 8, "longest": 4, "too_long": 2,
+    "wrong_options": 2,
+}  # fmt: skip
 """Kinds of requests, and how many of 100 are of each."""
 WITHOUT = frozenset({"priority"})
 
@@ -46,8 +49,14 @@ def abuse_request(index: int, seed: int, prompts: ChatPrompts) -> Asked:
     if kind == "long":
         body = _plain(worded.exact(rng, rng.randint(400, 900)), rng.randint(8, 64))
         return Asked(kind, Request(index, body | _maybe_sampled(rng)))
-    if kind == "longest":
-        return Asked(kind, Request(index, _plain(worded.exact(rng, CONTEXT - 1), 1)))
+    if kind == "longest":  # to the last token that there is room for, in the middle of a draft
+        left = rng.choice((1, rng.randint(8, 48)))
+        body = _plain(worded.exact(rng, CONTEXT - left), left) | {"ignore_eos": True}
+        return Asked(kind, Request(index, body))
+    if kind == "leaving":  # each piece is a step, so this is long before the end
+        body = _plain(worded.draw(rng, rng.randint(20, 200)), 96) | {"ignore_eos": True}
+        body |= {"stream": True} | _maybe_sampled(rng)
+        return Asked(kind, Request(index, body, leave_after_pieces=rng.randint(1, 3)))
     over = rng.choice((0, 0, rng.randint(1, 1000)))
     body = _plain(worded.exact(rng, CONTEXT + over), 1)
     return Asked(kind, Request(index, body), str(CONTEXT) if over else "max_tokens")

@@ -24,8 +24,8 @@ class Slope:
 
     @property
     def flat(self) -> bool:
-        """Whether it may be nothing, or is below 1 % of the mean."""
-        return self.low <= 0 <= self.high or self.per_hour < 0.01 * self.mean
+        """Whether it is surely below 1 % of the mean."""
+        return self.high < 0.01 * self.mean
 
     def as_dict(self) -> dict[str, float | bool]:
         """For a file."""

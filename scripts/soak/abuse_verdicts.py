@@ -31,7 +31,8 @@ class Row:
 def requests(counts: Mapping[str, int], failures: Sequence[Mapping[str, Any]]) -> Row:
     """No request may be lost or answered wrongly, but for those that a kill cut."""
     found = (
-        f"{counts.get('answered', 0)} answered, {counts.get('left', 0)} left by their clients, "
+        f"{counts.get('answered', 0)} answered, {counts.get('left', 0)} left by their clients "
+        f"({counts.get('left mid-stream', 0)} mid-stream), "
         f"{counts.get('cut', 0)} cut by kills and {counts.get('refused', 0)} refused meanwhile, "
         f"all asked again; {len(failures)} failed"
     )

@@ -12,7 +12,9 @@ import httpx
 from soak_requests import Request
 
 Answer = dict[str, Any]
-"""`status`, and `choices` and `usage` as in vLLM's JSON or `error`; `left` if its client left."""
+"""`status`, and `choices` and `usage` as in vLLM's JSON or `error`; `left` if its client left,
+`hung` if there was none in time.
+"""
 
 
 async def ask(client: httpx.AsyncClient, url: str, request: Request, timeout: float) -> Answer:
@@ -22,11 +24,11 @@ async def ask(client: httpx.AsyncClient, url: str, request: Request, timeout: fl
     leave = request.leave_after_seconds
     try:
         await asyncio.wait_for(work(client, url, request, answer), leave or timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         if leave is not None:
             answer["left"] = True
         else:
-            answer["error"] = f"no answer within {timeout:g} s"
+            answer |= {"hung": True, "error": f"no answer within {timeout:g} s"}
     except (httpx.HTTPError, ValueError) as error:
         answer["error"] = repr(error)
     answer["choices"] = [answer["choices"][i] for i in sorted(answer["choices"])]
