@@ -3,8 +3,10 @@
     pip install 'vllm-ouroboros[ray]'
     python examples/serve_ray.py --model TARGET --draft-model DRAFT --replicas 1-4
 
-On a cluster run it on any node, with ``--address auto``. It stays until it is interrupted. Replicas
-of one model may share a phrase pool: ``--ouroboros-config '{"pool_path": "/shared/pool"}'``.
+On a cluster run it on any node, with ``--address auto``. It stays until it is interrupted. Where
+Ray Serve runs on the cluster already, its address is kept, whatever ``--host`` and ``--port`` say.
+Replicas of one model may share a phrase pool: ``--ouroboros-config '{"pool_path":
+"/shared/pool"}'``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Any
 
 from vllm_ouroboros.cli.batch.engines import engine_arguments, ray_options, replica_bounds
 from vllm_ouroboros.cli.inputs import json_object
+
+APP = "ouroboros"
+"""Name of the application on the cluster: one that runs under it is replaced."""
 
 
 def llm_config(options: argparse.Namespace) -> Any:
@@ -76,7 +81,12 @@ def main() -> None:
             "ray_actor_options": {"num_cpus": 0},  # cores are for engines: it passes requests on
         },
     })  # fmt: skip
-    serve.run(app, blocking=True)
+    try:
+        serve.run(app, name=APP, blocking=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        serve.delete(APP)  # the cluster may live on
 
 
 if __name__ == "__main__":

@@ -116,6 +116,15 @@ def test_queries_are_of_metrics_that_there_are(target: dict[str, str]) -> None:
     assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels
 
 
+def test_names_in_the_documents_are_of_metrics_that_there_are() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    found = set(re.findall(r"\bouroboros_\w+", text))
+    assert len(found) > len(METRICS) // 2
+    assert found <= OURS.keys() | {metric.name for metric in METRICS}
+    missing = {m.name for m in METRICS if not found & {m.name, *series(m.name, m.kind)}}
+    assert not missing
+
+
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_each_metric_is_shown(metric: Any) -> None:
     shown = {name for expression in EXPRESSIONS for name in names(expression)}

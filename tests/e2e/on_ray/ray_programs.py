@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -72,7 +73,7 @@ def serving_on_ray(folder: Path, *more: str) -> Iterator[str]:
         folder: for its log.
         more: arguments of the example.
     """
-    port, log = free_port(), folder / "log"
+    port, log = serve_port(), folder / "log"
     command = [
         *(sys.executable, "-P", str(EXAMPLES / "serve_ray.py"), "--name", "tiny"),
         *("--port", str(port), "--engine-args", json.dumps(ENGINE), *more),
@@ -95,6 +96,12 @@ def serving_on_ray(folder: Path, *more: str) -> Iterator[str]:
         server.wait(120)
     finally:
         stop(server)
+
+
+@cache
+def serve_port() -> int:
+    """Of Ray Serve: the first program on a cluster says it for all that come later."""
+    return free_port()
 
 
 def _has_models(address: str) -> bool:

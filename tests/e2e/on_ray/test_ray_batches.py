@@ -59,26 +59,30 @@ def test_every_row_comes_out_once(cluster, asked, tmp_path) -> None:
     def answers() -> list[dict]:
         return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
-    def engines() -> list[psutil.Process]:
-        return processes("vLLMEngineStageUDF")
-
     def start() -> subprocess.Popen:
         with log.open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def engines() -> set[psutil.Process]:
+        return {*processes("vLLMEngineStageUDF")}
 
     job = start()
     try:
         wait_until(answers, job, log, "no answer")
         job.kill()
         job.wait()
-        before = answers()
+        first, before = engines(), answers()
         assert 0 < len(before) < len(asked)
         job = start()
-        wait_until(lambda: len(engines()) == 1, job, log, "no engine")
-        killed, _ = wait_until(
-            lambda: len(engines()) == 2 and len(answers()) > len(before) and engines(),
-            job, log, "no two engines",
-        )  # fmt: skip
+        counts: list[int] = []
+
+        def both_answer() -> set[psutil.Process]:
+            found = engines() - first
+            counts.append(len(found))
+            return found if len(found) == 2 and len(answers()) > len(before) else set()
+
+        killed, _ = wait_until(both_answer, job, log, "no two engines")
+        assert {*counts} == {0, 1, 2}, "one after the other"
         engine = below(killed)
         assert len(answers()) < len(asked)
         killed.kill()

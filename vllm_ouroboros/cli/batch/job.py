@@ -101,8 +101,10 @@ def _run(job: Job, defaults: dict[str, Any], progressed: Callable[[Progress], ob
             if answer["id"] in wanted and answers.add(answer):
                 done = _count(done, answer)
                 progressed(done)
-        for one in sorted(wanted - answers.finished):  # engines died over their blocks
-            answer = _failed(one, f"no engine survived it, tried {TRIES + 1} times")
+        for one in sorted(wanted - answers.finished):  # e.g. engines died over their blocks
+            answer = _failed(
+                one, f"no engine answered its block of rows in {TRIES + 1} tries: see --verbose"
+            )
             answers.add(answer)
             done = _count(done, answer)
             progressed(done)
@@ -185,7 +187,13 @@ def processor_config(job: Job) -> Any:
 
     return vLLMEngineProcessorConfig(
         model_source=job.model,
-        engine_kwargs={"distributed_executor_backend": "mp", **job.engine},
+        # Without statistics rows have no column of them: Ray 2.60 loses a block in which batches
+        # with that column meet batches of errors alone, where it has another type.
+        engine_kwargs={
+            "distributed_executor_backend": "mp",
+            **job.engine,
+            "disable_log_stats": True,
+        },
         batch_size=job.batch_size,
         concurrency=job.replicas,
         max_concurrent_batches=BATCHES_AT_ONCE,

@@ -116,6 +116,12 @@ def bench(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="As in vLLM.")
     ] = 1,
+    draft_tensor_parallel_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Ranks that share our draft model. Repeatable: each is a setting."
+        ),
+    ] = None,
     alive: Annotated[
         int,
         typer.Option(
@@ -153,7 +159,7 @@ def bench(
             max_model_len=max_model_len, dtype=dtype.value, enforce_eager=enforce_eager,
             alive=alive, timeout=timeout, out=out, quick=quick, ignore_eos=ignore_eos,
             prefix_caching=prefix_caching, tensor_parallel_size=tensor_parallel_size,
-            tasks=tasks,
+            draft_ranks=draft_tensor_parallel_size or (), tasks=tasks,
         )  # fmt: skip
         well = run(plan, plain=plain, verbose=verbose)
     except InputError as error:

@@ -101,10 +101,12 @@ def build(
     nodes: int | None,
     others: int,
     head: str | None = None,
+    draft_ranks: Sequence[int | None] = (None,),
 ) -> list[Method]:
     """All methods of those names, each setting one; ``others`` is the number of warm-up prompts.
 
-    ``head`` is a draft head for vLLM's eagle and ours of that name.
+    ``head`` is a draft head for vLLM's eagle and ours of that name, ``draft_ranks`` say how many
+    ranks share our draft models.
 
     Without a draft model all of ours draw on the phrase pool alone: "lookahead" is then the same as
     "ouroboros-cold", and left out where that is there.
@@ -128,8 +130,12 @@ def build(
             found.append(Method(name, missing=NO_HEAD))
         else:
             draft = head if name.startswith(HEAD) else draft_model
-            found += [_ours(name, options, draft, nodes, others) for options in configs]
-    return found
+            found += [
+                _ours(name, options, draft, nodes, others, ranks)
+                for options in configs
+                for ranks in draft_ranks
+            ]
+    return list(dict.fromkeys(found))  # without a draft model its ranks make no difference
 
 
 def _draft_models(name: str, draft: str | None, draft_tokens: Sequence[int]) -> list[Method]:
@@ -179,7 +185,12 @@ def _suffix(factor: float, probability: float) -> Method:
 
 
 def _ours(
-    name: str, options: dict[str, Any], draft_model: str | None, nodes: int | None, others: int
+    name: str,
+    options: dict[str, Any],
+    draft_model: str | None,
+    nodes: int | None,
+    others: int,
+    ranks: int | None,
 ) -> Method:
     missing = None
     if name == "lookahead":
@@ -200,11 +211,16 @@ def _ours(
             "no other prompts to fill the pool: give --warm-prompts, or a --limit below the "
             "number of prompts in the file"
         )
+    speculative: dict[str, Any] = {"model": PROPOSER, "num_speculative_tokens": budget}
+    setting = _setting(config, options, budget, draft_model)
+    if ranks is not None and options["draft_model"] is not None:
+        speculative["draft_tensor_parallel_size"] = ranks
+        setting += f", draft on {ranks} rank{'s' * (ranks > 1)}"
     return Method(
         name,
-        _setting(config, options, budget, draft_model),
+        setting,
         rule={"cold": COLD, "warm": WARM.format(others), "seen": KNOWN}[pool],
-        speculative={"model": PROPOSER, "num_speculative_tokens": budget},
+        speculative=speculative,
         ouroboros=options,
         pool=pool,
         missing=missing,

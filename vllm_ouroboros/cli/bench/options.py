@@ -65,6 +65,7 @@ def checked_plan(
     ignore_eos: bool = False,
     prefix_caching: bool = False,
     tensor_parallel_size: int = 1,
+    draft_ranks: Sequence[int] = (),
     tasks: str | None = None,
     **chosen: Any,
 ) -> Plan:
@@ -117,6 +118,7 @@ def checked_plan(
             ],
             nodes=nodes,
             others=len(others),
+            draft_ranks=draft_ranks or (None,),
         )
     except ConfigError as error:
         raise InputError(str(error)) from None

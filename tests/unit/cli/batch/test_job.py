@@ -55,7 +55,7 @@ def test_every_row_has_one_answer(tmp_path: Path, asked) -> None:
     assert sorted(one["id"] for one in found) == sorted(f"r{i}" for i in range(20))
     errors = {one["id"]: one["error"] for one in found if one["error"]}
     assert errors.keys() == {"r3", "r13", "r9", "r19"}
-    assert "no engine survived it" in errors["r9"]
+    assert "no engine answered its block" in errors["r9"]
     assert run(job(tmp_path, 25)) == Progress(answered=4, failed=1, before=20, total=25)
     assert asked[1] == [f"r{i}" for i in range(20, 25)]
     assert run(job(tmp_path, 25)) == Progress(0, 0, 25, 25)  # asks nobody

@@ -81,6 +81,17 @@ def test_each_config_is_a_setting() -> None:
     assert four.setting == "adaptive β=6 W=10 G=10, at most 26 nodes, draft model other"
 
 
+def test_each_number_of_draft_ranks_is_a_setting() -> None:
+    whole, shared, alone = build(
+        ["ouroboros-cold", "lookahead"], draft_model="d", others=1,
+        **OPTIONS | {"draft_ranks": [1, 2]},
+    )  # fmt: skip
+    assert [one.speculative["draft_tensor_parallel_size"] for one in (whole, shared)] == [1, 2]
+    assert whole.setting.endswith(", draft on 1 rank")
+    assert shared.setting.endswith(", draft on 2 ranks")
+    assert "draft_tensor_parallel_size" not in alone.speculative
+
+
 # -- statistics --------------------------------------------------------------------------------
 
 
