@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -43,7 +44,13 @@ def test_batch_generate(cluster, texts, expected, tmp_path) -> None:
 
 def test_serve_ray(cluster, texts, expected, tmp_path) -> None:
     body = {"model": "tiny", "prompt": texts[0], "temperature": 0, "max_tokens": NEW_TOKENS}
-    with serving_on_ray(tmp_path) as address:
+    pool = tmp_path / "pool.safetensors"
+    more = "--ouroboros-config", json.dumps({"pool_path": str(pool)})
+    with serving_on_ray(tmp_path, *more) as address:
         answer = httpx.post(f"{address}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == expected[0]
+        until = time.monotonic() + 60
+        while not pool.exists():  # it is written a second after the last request
+            assert time.monotonic() < until, "nothing was learned: Ouroboros is off"
+            time.sleep(0.2)
