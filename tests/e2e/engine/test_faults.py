@@ -210,7 +210,7 @@ def test_weights_are_loaded_again(
         with tools.Used(engine) as used:
             outputs = tools.generate(engine, prompts[:16], GREEDY)
         assert tools.tokens_of(outputs) == expected
-        assert used["accepted_from_draft"] > used["emitted_tokens"] // 20
+        assert used["accepted_from_draft"] > used["emitted_tokens"] // 10
     vllm_ouroboros.reset_pool(engine)
     assert vllm_ouroboros.stats(engine)["pool_phrases"] == 0
     with tools.Used(engine) as used:
@@ -222,13 +222,12 @@ def test_cached_prefixes_are_forgotten_with_what_was_drafted_of_them(
     engine, prompts, tools
 ) -> None:
     """The draft model's KV stands in the target's blocks: it goes with them, and comes again."""
-    given = [prompts[0] * 3] * 2
-    cached = []
+    given, cached = [prompts[0] * 3], []
     for reset in (False, False, True):
         if reset:
             assert engine.reset_prefix_cache()
         with tools.Used(engine) as used:
-            [output] = tools.generate(engine, given[:1], GREEDY)
+            [output] = tools.generate(engine, given, GREEDY)
         cached.append(output.num_cached_tokens)
         assert used["accepted_from_draft"] + used["accepted_from_suffix"] > 0
     assert cached[1] > 0 == cached[2]
