@@ -67,10 +67,6 @@ class PoolDisk:
         """Of the file's content."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    def phrases(self) -> int:
-        """How many the file holds."""
-        return len(PoolFile.at(self.path).rows()["keys"])
-
     # -- the file ------------------------------------------------------------------------------
 
     @contextmanager

@@ -19,7 +19,9 @@ from abuse_servers import Keeper
 
 SAVED, UNSAVED = "ouroboros_pool_saves_total", "ouroboros_pool_save_failures_total"
 DAYS = {"clock_forwards": 3, "clock_backwards": -5}
-FOUND_AGAIN = 0.95  # of the phrases in a file: sets of a full pool may be too small for some
+HELD, FOUND_AGAIN = "ouroboros_pool_phrases", 0.9
+"""Phrases of an engine, and the part that the next one must have: tenants' own are not saved, nor
+what came after the last save."""
 SHOWN_SECONDS = 20
 """Within which a save is over and /metrics shows it: counters move with the engine's steps."""
 
@@ -133,7 +135,7 @@ class Events:
 
     async def _kill(self, event: Planned, row: Row) -> None:
         """A process dies, and a server is started again, with the phrases that were saved."""
-        held = self._disk.phrases()
+        held = round((await self._keeper.counters()).get(HELD, 0))
         row["effect"] = await self._keeper.kill(engine=event.name == "engine_killed")
         if row["effect"].pop("left"):
             row["problems"].append("processes outlived it")
@@ -142,10 +144,10 @@ class Events:
         found = re.search(r"starting with (\d+) phrases", log)
         phrases = int(found[1]) if found else 0
         row["effect"] |= {
-            "ready": round(self._keeper.now(), 1), "phrases_in_file": held, "phrases": phrases
+            "ready": round(self._keeper.now(), 1), "phrases_before": held, "phrases": phrases
         }  # fmt: skip
-        if phrases < FOUND_AGAIN * held:
-            row["problems"].append("the new server has not the phrases that were saved")
+        if not held or phrases < FOUND_AGAIN * held:
+            row["problems"].append("the new server has not the phrases of the old one")
         self.checks.append(await self._check(event.name))
 
     async def _mended(self, row: Row, before: dict[str, float]) -> None:
