@@ -68,8 +68,11 @@ class Report:
             "## Latency of the probes\n\nMedians. The ratio is of latencies divided by the "
             "same probe's in the first window.",
             _rows(("minutes", "answers", "seconds", "ratio, 95 %"), map(_window, self.windows)),
-            "## Memory of each life",
-            _rows(("life", "ready (s)", "ended (s)", "MB an hour, 95 %"), map(_life, self.lives)),
+            "## Memory of each life\n\nMB an hour, 95 %.",
+            _rows(
+                ("life", "ready (s)", "ended (s)", "without the first minutes", "latter half"),
+                map(_life, self.lives),
+            ),
             "## Events",
             _rows(
                 ("event", "at (s)", "mended (s)", "effect", "problems"), map(_event, self.events)
@@ -97,11 +100,20 @@ def _window(window: Window) -> tuple[object, ...]:
 def _life(life: Mapping[str, Any]) -> tuple[object, ...]:
     ended = "" if life["ended"] is None else f"{life['ended']:.0f}"
     found = life["memory"]
-    growth = "too short"
-    if found:
-        low, high = found["low"] / 1e6, found["high"] / 1e6
-        growth = f"{found['per_hour'] / 1e6:+.1f} ({low:+.1f} to {high:+.1f})"
-    return life["name"], f"{life['ready']:.0f}", ended, growth
+    return (
+        life["name"],
+        f"{life['ready']:.0f}",
+        ended,
+        _grown(found["warm"]),
+        _grown(found["latter"]),
+    )
+
+
+def _grown(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "too short"
+    growth, low, high = (found[name] / 1e6 for name in ("per_hour", "low", "high"))
+    return f"{growth:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _event(event: Mapping[str, Any]) -> tuple[object, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ class Slope:
         """For a file."""
         return {**asdict(self), "flat": self.flat}
 
+    def __str__(self) -> str:
+        """In MB."""
+        found, low, high = self.per_hour / 1e6, self.low / 1e6, self.high / 1e6
+        return f"{found:+.1f} MB an hour (95 %: {low:+.1f} to {high:+.1f})"
+
 
 def slope(seconds: Sequence[float], values: Sequence[float], seed: int = 0) -> Slope | None:
     """The growth of values over time; None with too few of them.
@@ -49,6 +55,38 @@ def slope(seconds: Sequence[float], values: Sequence[float], seed: int = 0) -> S
     drawn = moving_blocks(residuals, RESAMPLES, rng)
     low, high = np.percentile(growth + drawn @ centered / square, (2.5, 97.5))
     return Slope(growth, float(low), float(high), float(y.mean()))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the memory of a server grew; None where its life was too short.
+
+    Buffers that are larger than any before take memory that stays with the allocator, so a server
+    grows in steps, ever more rarely. A leak goes on: so the latter half of a life is judged.
+
+    Attributes:
+        warm: without the first minutes.
+        latter: in the latter half.
+    """
+
+    warm: Slope | None = None
+    latter: Slope | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        both = {"warm": self.warm, "latter": self.latter}
+        return {name: found.as_dict() if found else None for name, found in both.items()}
+
+
+def growth(seconds: Sequence[float], values: Sequence[float], warming: float) -> Growth:
+    """Of samples of a life; the first ``warming`` seconds are its first minutes."""
+    at, y = np.asarray(seconds, float), np.asarray(values, float)
+    if not len(at):
+        return Growth()
+    begin, end = at[0], at[-1]
+    warm, latter = at >= begin + warming, at >= (begin + end) / 2
+    found = slope(at[warm], y[warm])
+    return Growth(found, slope(at[latter], y[latter])) if found else Growth()
 
 
 def moving_blocks(values: np.ndarray, times: int, rng: np.random.Generator) -> np.ndarray:

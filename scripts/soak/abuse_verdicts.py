@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abuse_latencies import TOLERANCE, Window
-from abuse_slope import METHOD, Slope
+from abuse_slope import METHOD, Growth
 
 COUNTERS = ("ouroboros_faults_total", "ouroboros_pool_saves_total",
             "ouroboros_pool_save_failures_total", "ouroboros_paused")  # fmt: skip
@@ -55,15 +55,15 @@ def log(complaints: Sequence[str]) -> Row:
     return Row("logs", not complaints, found)
 
 
-def memory(found: Slope | None, judged: bool, what: str) -> Row:
-    """Resident memory is flat."""
-    if found is None:
+def memory(found: Growth, judged: bool) -> Row:
+    """Resident memory of the longest life is flat in its latter half."""
+    if found.latter is None or found.warm is None:
         return Row("memory", None if not judged else False, "too few samples")
     text = (
-        f"{found.per_hour / 1e6:+.1f} MB an hour (95 %: {found.low / 1e6:+.1f} to "
-        f"{found.high / 1e6:+.1f}) of {found.mean / 1e6:.0f} MB, {what}; {METHOD}"
+        f"{found.latter} of {found.latter.mean / 1e6:.0f} MB in the latter half of the longest "
+        f"life, {found.warm} without its first minutes; {METHOD}"
     )
-    return Row("memory", found.flat if judged else None, text)
+    return Row("memory", found.latter.flat if judged else None, text)
 
 
 def same_texts(checks: Sequence[Mapping[str, Any]], needed: int) -> Row:

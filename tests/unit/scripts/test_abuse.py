@@ -30,7 +30,7 @@ from abuse_schedule import (
     settled,
     windows,
 )
-from abuse_slope import slope
+from abuse_slope import growth, slope
 
 from vllm_ouroboros.cli.inputs import TARGET
 
@@ -76,6 +76,23 @@ def test_growth_is_found_and_its_interval_holds_it() -> None:
     assert slope(at, 2e9 - 50e6 * at / 3600 + noise).flat, "it may shrink"
     assert slope(at[:10], noise[:10]) is None
     assert not slope(at, 2e9 + 400 * noise).flat, "nobody can tell"
+
+
+def test_a_step_is_no_leak() -> None:
+    rng = np.random.default_rng(0)
+    at = np.arange(0, 3000, 2.0)
+    noise = rng.normal(size=len(at)) * 1e6
+    stepped = growth(at, 2e9 + 40e6 * (at > 1000) + noise, 600)
+    assert not stepped.warm.flat
+    assert stepped.latter.flat
+    assert verdicts.memory(stepped, judged=True).passed is True
+    leaking = growth(at, 2e9 + 40e6 * at / 3600 + noise, 600)
+    assert not leaking.latter.flat
+    assert verdicts.memory(leaking, judged=True).passed is False
+    assert verdicts.memory(leaking, judged=False).passed is None
+    short = growth(at[:20], noise[:20], 600)
+    assert short == growth([], [], 600)
+    assert verdicts.memory(short, judged=True).passed is False
 
 
 def test_latencies_are_compared_probe_by_probe() -> None:
