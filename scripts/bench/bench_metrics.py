@@ -3,7 +3,7 @@
     python scripts/bench/bench_metrics.py --out benchmarks/metrics.jsonl
 
 No engine: the plugin's own code on the numbers of a busy one, for some sizes of a batch. The least
-of five passes; microseconds a step. Adds a row to --out.
+of forty passes, in which all take turns; microseconds a step. Adds a row to --out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from vllm_ouroboros.metrics.step_clock import StepClock
 from vllm_ouroboros.phrases.pool import PhrasePool
 from vllm_ouroboros.trees.drafting import Drafting
 
-STEPS, PASSES = 2000, 5
+STEPS, PASSES = 500, 40
 MODEL = SimpleNamespace(model_config=SimpleNamespace(served_model_name="bench"))
 Work = Callable[[], Any]
 
@@ -72,8 +72,9 @@ class Numbers:
         self.logger.record(self.send(), None)
 
 
-def microseconds(work: Work) -> float:
-    return min(timeit.repeat(work, number=STEPS, repeat=PASSES)) / STEPS * 1e6
+def microseconds(works: Sequence[Work]) -> list[float]:
+    passes = [[timeit.timeit(work, number=STEPS) for work in works] for _ in range(PASSES)]
+    return [min(seconds) / STEPS * 1e6 for seconds in zip(*passes, strict=True)]
 
 
 def main() -> None:
@@ -84,8 +85,8 @@ def main() -> None:
     row["microseconds"] = {}
     for batch in (1, 8, 32):
         step = Numbers(batch)
-        worker, scheduled, sent, shown = map(
-            microseconds, (step.count, step.schedule, step.send, step.show)
+        worker, scheduled, sent, shown = microseconds(
+            [step.count, step.schedule, step.send, step.show]
         )
         row["microseconds"][batch] = {
             "worker": round(worker, 1),

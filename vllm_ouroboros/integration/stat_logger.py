@@ -8,6 +8,9 @@ step before, since front ends may be several and each of them gets some steps.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Mapping
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
@@ -91,17 +94,7 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
         self._labels = {index: [model, str(index)] for index in engine_indexes}
         self._unregister()
         made = {metric.name: self._make(metric) for metric in METRICS}
-        self._series = {
-            index: [
-                made[metric.name].labels(*labels, *((value,) if value else ()))
-                for metric, value in SERIES
-            ]
-            for index, labels in self._labels.items()
-        }
-        self._lengths = {
-            index: made[ACCEPTED_LENGTH.name].labels(*labels)
-            for index, labels in self._labels.items()
-        }
+        self._shown = {index: _Shown(made, labels) for index, labels in self._labels.items()}
 
     @staticmethod
     def _unregister() -> None:
@@ -139,14 +132,7 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
         scheduler_stats.kv_connector_stats = {
             name: value for name, value in found.items() if name != KEY
         } or None
-        for i, (shown, number) in enumerate(zip(self._series[engine_idx], series, strict=True)):
-            if i >= NUM_COUNTERS:
-                shown.set(number)
-            elif number > 0:  # a counter takes nothing else, and an error here would end the server
-                shown.inc(number)
-        for length, count in enumerate(lengths):
-            for _ in range(count):
-                self._lengths[engine_idx].observe(length)
+        self._shown[engine_idx].add(series, lengths)
         self._lines[engine_idx].add(series)
 
     def log(self) -> None:
@@ -158,6 +144,20 @@ class OuroborosStatLogger(AggregateStatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Nothing to say yet."""
+
+
+def _observe(histogram: Any, value: float, times: int) -> None:
+    """Let a histogram observe a value several times. prometheus_client has no method for that; its
+    parts do it in the time of one, where a histogram has them.
+    """
+    try:
+        total, buckets, bounds = histogram._sum, histogram._buckets, histogram._upper_bounds
+    except AttributeError:  # Ray's, or those of another version
+        for _ in range(times):
+            histogram.observe(value)
+    else:
+        total.inc(value * times)
+        buckets[bisect_left(bounds, value)].inc(times)
 
 
 def stat_logger(others: list[Any] | None, *, alone: bool = True) -> type[OuroborosStatLogger]:
@@ -178,6 +178,36 @@ def stat_logger(others: list[Any] | None, *, alone: bool = True) -> type[Ourobor
     return StatLogger
 
 
+class _Shown:
+    """The metrics of an engine.
+
+    Args:
+        made: all metrics by name.
+        labels: the engine's.
+    """
+
+    def __init__(self, made: Mapping[str, Any], labels: list[str]) -> None:
+        series = [
+            made[metric.name].labels(*labels, *((value,) if value else ()))
+            for metric, value in SERIES
+        ]
+        self._counters = [counter.inc for counter in series[:NUM_COUNTERS]]
+        self._gauges = [gauge.set for gauge in series[NUM_COUNTERS:]]
+        self._lengths = made[ACCEPTED_LENGTH.name].labels(*labels)
+
+    def add(self, series: list[float], lengths: list[int]) -> None:
+        """What a step has brought."""
+        # a counter takes nothing below zero, and an error here would end the server
+        for inc, number in zip(self._counters, series, strict=False):
+            if number > 0:
+                inc(number)
+        for show, number in zip(self._gauges, series[NUM_COUNTERS:], strict=True):
+            show(number)
+        for length, count in enumerate(lengths):
+            if count:
+                _observe(self._lengths, length, count)
+
+
 class _Line:
     """Sums of an engine's steps until the next line of the log."""
 
@@ -186,8 +216,8 @@ class _Line:
         self._since = time.monotonic()
 
     def add(self, series: list[float]) -> None:
-        for i, number in enumerate(series):
-            self._sums[i] = self._sums[i] + number if i < NUM_COUNTERS else number
+        sums = [*map(add, self._sums, series)]
+        self._sums = sums[:NUM_COUNTERS] + series[NUM_COUNTERS:]
 
     def take(self) -> str | None:
         """The line; None if nothing was done."""

@@ -7,6 +7,9 @@ from enum import IntEnum
 
 from vllm_ouroboros.trees.draft_tree import NodeSource
 
+# plain numbers: comparing with members of an IntEnum takes several times as long
+_DRAFT, _SUFFIX = int(NodeSource.DRAFT), int(NodeSource.SUFFIX)
+
 
 class Fault(IntEnum):
     """What may go wrong while drafting; none of it costs a request."""
@@ -47,21 +50,24 @@ class Counters:
             accepted: of those that were accepted.
             expected: how many the policy expected to be accepted, if it cut this tree.
         """
-        if NodeSource.DRAFT in sources:
+        if _DRAFT in sources:
             self.steps_with_draft += 1
         else:
             self.steps_with_phrases += 1
         self.verified_nodes += len(sources)
-        self.accepted_from_draft += accepted.count(NodeSource.DRAFT)
-        self.accepted_from_suffix += accepted.count(NodeSource.SUFFIX)
-        self.accepted_from_prediction += accepted.count(NodeSource.PREDICTION)
-        self.accepted_tokens += len(accepted)
+        length, lengths = len(accepted), self.accepted_lengths
+        if length:
+            drafted, suffixes = accepted.count(_DRAFT), accepted.count(_SUFFIX)
+            self.accepted_from_draft += drafted
+            self.accepted_from_suffix += suffixes
+            self.accepted_from_prediction += length - drafted - suffixes
+            self.accepted_tokens += length
         if expected is not None:
             self.expected_tokens += expected
-            self.accepted_as_expected += len(accepted)
-        missing = 1 + len(accepted) - len(self.accepted_lengths)
-        self.accepted_lengths.extend([0] * missing)
-        self.accepted_lengths[len(accepted)] += 1
+            self.accepted_as_expected += length
+        if length >= len(lengths):
+            lengths.extend([0] * (1 + length - len(lengths)))
+        lengths[length] += 1
 
     def as_dict(self) -> dict[str, int]:
         """All numbers by name, whole ones; of faults their sum."""

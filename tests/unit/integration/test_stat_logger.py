@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from prometheus_client import REGISTRY, Counter, generate_latest
+from prometheus_client import REGISTRY, Counter, Histogram, generate_latest
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
@@ -149,6 +149,30 @@ def test_metrics_go_where_those_of_the_engine_go() -> None:
     made.clear()
     module.stat_logger(None)(CONFIG, [0])
     assert made == []
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["prometheus_client's", "another class"])
+def test_lengths_are_those_of_single_trees(own) -> None:
+    def histogram() -> Histogram:
+        return Histogram("lengths", "", buckets=module.LENGTH_BUCKETS, registry=None)
+
+    class Wrapped:
+        def __init__(self, inner) -> None:
+            self.observe = inner.observe
+
+    counted, single = histogram(), histogram()
+    for length in range(70):
+        times = length % 5
+        module._observe(counted if own else Wrapped(counted), length, times)
+        for _ in range(times):
+            single.observe(length)
+
+    def samples(found) -> list:
+        (family,) = found.collect()
+        kept = [one for one in family.samples if not one.name.endswith("_created")]
+        return [[one.name, one.labels, one.value] for one in kept]
+
+    assert samples(counted) == samples(single)
 
 
 def test_a_reading_is_small() -> None:
