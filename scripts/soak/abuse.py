@@ -21,9 +21,7 @@ more often in a short run, so that each of these meets a save.
 
 The verdicts are printed and lie under --out as report.md and report.json, beside what they rest on:
 events.jsonl, failures.jsonl, samples.jsonl, probes.jsonl, and a log for each life of the server.
-Memory and latency are judged in runs of 20 minutes and more, memory in the latter half of the
-longest life: a buffer larger than any before takes memory that stays with the allocator, so that it
-grows in steps at first. The status is 1 if any row fails.
+Memory and latency are judged in runs of 20 minutes and more. The status is 1 if any row fails.
 """
 
 from __future__ import annotations

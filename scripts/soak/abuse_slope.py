@@ -61,8 +61,7 @@ def slope(seconds: Sequence[float], values: Sequence[float], seed: int = 0) -> S
 class Growth:
     """How the memory of a server grew; None where its life was too short.
 
-    Buffers that are larger than any before take memory that stays with the allocator, so a server
-    grows in steps, ever more rarely. A leak goes on: so the latter half of a life is judged.
+    A leak goes on in the latter half of a life; a step before it does not.
 
     Attributes:
         warm: without the first minutes.

@@ -56,14 +56,14 @@ def log(complaints: Sequence[str]) -> Row:
 
 
 def memory(found: Growth, judged: bool) -> Row:
-    """Resident memory of the longest life is flat in its latter half."""
+    """Resident memory of the longest life is flat after its warm-up, and in its latter half."""
     if found.latter is None or found.warm is None:
         return Row("memory", None if not judged else False, "too few samples")
     text = (
         f"{found.latter} of {found.latter.mean / 1e6:.0f} MB in the latter half of the longest "
         f"life, {found.warm} without its first minutes; {METHOD}"
     )
-    return Row("memory", found.latter.flat if judged else None, text)
+    return Row("memory", found.warm.flat and found.latter.flat if judged else None, text)
 
 
 def same_texts(checks: Sequence[Mapping[str, Any]], needed: int) -> Row:
