@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from abuse_latencies import Latency
 from abuse_prompts import ChatPrompts
-from abuse_requests import Asked, abuse_request, slow_request
+from abuse_requests import Asked, abuse_request, slow_request, warming_requests
 from abuse_schedule import excuse
 from abuse_servers import Keeper
 from soak_answers import Answer, References, ask
@@ -148,6 +148,15 @@ class Crowd:
                 writer.close()
 
     # -- asking --------------------------------------------------------------------------------
+
+    async def warm(self) -> None:
+        """Ask for one prompt of each length after the other: what the engine caches by the number
+        of tokens in a step is full afterwards. Raises `RuntimeError` if one is not answered.
+        """
+        for request in warming_requests(self.prompts.vocabulary):
+            answer = await ask(self._client, self.keeper.url, request, self._timeout)
+            if answer["status"] != 200:
+                raise RuntimeError(f"no answer to a prompt of {request.index + 1} tokens: {answer}")
 
     async def check(self, when: str) -> dict[str, Any]:
         """Ask all probes once; how many answers were vanilla's."""

@@ -13,6 +13,9 @@ from soak_requests import Request, random_request
 CONTEXT = 1024
 """Tokens of prompt and output together (--max-model-len)."""
 PROBES = 40
+WARMING = 300
+"""oneDNN keeps 1024 primitives, of which each number of tokens in a step takes one for each of the
+four shapes of weights: its cache is full after 256 numbers, and takes 300 MB then."""
 SHAPES, SLOW_SHAPES = 120, 48
 """So many requests have shapes of their own: kind, parameters and lengths, of which each window of
 a run has the same mix. Words are of each request alone."""
@@ -86,6 +89,18 @@ def probe_requests(prompts: ChatPrompts) -> list[Request]:
             body |= {"logprobs": 3}
         probes.append(Request(i, body))
     return probes
+
+
+def warming_requests(vocabulary: int) -> list[Request]:
+    """Prompts of each length up to `WARMING` tokens, of which none begins as another one does and
+    the pool learns nothing: each is a step of so many tokens if it is alone.
+    """
+    rng = random.Random("warming")
+    firsts = rng.sample(range(vocabulary // 2, vocabulary), WARMING)
+    return [
+        _with_options(Request(i, _plain([first] * (i + 1), 1)), {"learn": False})
+        for i, first in enumerate(firsts)
+    ]
 
 
 def _plain(prompt: str | list[int], tokens: int) -> dict[str, Any]:

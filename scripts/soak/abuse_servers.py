@@ -57,7 +57,7 @@ def abused_server(
         "PYTHONPATH": str(Path(__file__).parent),
         "ABUSE_SAVE_SECONDS": str(save_seconds),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # vLLM hangs up on idle clients after 5 s
-        "TCMALLOC_RELEASE_RATE": "10",  # what is free goes back at once: what grows is in use
+        "TCMALLOC_AGGRESSIVE_DECOMMIT": "1",  # what is free goes back: what grows is in use
         **clock.environment,
     }
     preloaded = (environment.get("LD_PRELOAD"), ALLOCATOR)

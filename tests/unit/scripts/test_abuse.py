@@ -19,7 +19,15 @@ import abuse_verdicts as verdicts
 from abuse_clock import DAY, ShiftedClock
 from abuse_latencies import Latency, compare
 from abuse_prompts import ChatPrompts
-from abuse_requests import CONTEXT, KINDS, SHAPES, abuse_request, probe_requests
+from abuse_requests import (
+    CONTEXT,
+    KINDS,
+    SHAPES,
+    WARMING,
+    abuse_request,
+    probe_requests,
+    warming_requests,
+)
 from abuse_schedule import (
     EVENTS,
     Outage,
@@ -188,6 +196,12 @@ def test_requests_of_a_seed_are_the_same_and_of_all_kinds() -> None:
     probes = probe_requests(prompts)
     assert probes == probe_requests(ChatPrompts(TARGET))
     assert all(probe.deterministic for probe in probes)
+
+
+def test_warming_asks_each_length_and_shares_no_prefix() -> None:
+    prompts = [request.body["prompt"] for request in warming_requests(49152)]
+    assert [len(prompt) for prompt in prompts] == list(range(1, WARMING + 1))
+    assert len({prompt[0] for prompt in prompts}) == WARMING
 
 
 def test_the_clock_of_another_process_jumps(tmp_path: Path) -> None:
