@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from vllm_ouroboros.phrases.compiling import compiled
 
 
 class ForwardRows(NamedTuple):
@@ -45,7 +46,7 @@ class ForwardInputs(NamedTuple):
     more: tuple[np.ndarray, np.ndarray] | None = None
 
 
-@njit(cache=True)
+@compiled
 def slot_mapping(positions, query_start_loc, requests, block_table, block_size, slots):
     """KV slots int64 [T] of positions int64 [T] (-1 stays -1).
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from vllm_ouroboros.phrases.compiling import compiled
 
 CONTEXTS = (1, 2, 4, 8, 24)
 """Tokens in a row that a key may stand for; tuned on traces of the shipped pair by
@@ -13,7 +14,7 @@ FIRST_HASH = 2**31
 _HASH_BITS = 28  # what is left of a key behind the number of its context
 
 
-@njit(cache=True)
+@compiled
 def key_of(text, end, context):
     """Key of the last `CONTEXTS[context]` tokens of ``text[:end]``, which must have so many."""
     if context == 0:

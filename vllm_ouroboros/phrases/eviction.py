@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from vllm_ouroboros.phrases.compiling import compiled, compiled_inner
+
 WAYS = 8
 """Slots of a set."""
 
@@ -37,7 +39,7 @@ def _is_sound(pool, slot):
     return sound
 
 
-@njit(cache=True)
+@compiled
 def find(pool, scope, token):
     """Slot of a key, or -1. Marks the key as used."""
     key = (np.int64(scope) << 32) | np.int64(token)
@@ -56,7 +58,7 @@ def find(pool, scope, token):
     return -1
 
 
-@njit(cache=True)
+@compiled_inner
 def claim(pool, scope, token):
     """Slot of a key, made by evicting the oldest key of its set if need be."""
     key = (np.int64(scope) << 32) | np.int64(token)

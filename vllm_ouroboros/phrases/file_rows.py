@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource, PoolArrays
+from vllm_ouroboros.phrases.compiling import compiled
 from vllm_ouroboros.phrases.contexts import FIRST_HASH
 from vllm_ouroboros.phrases.insertion import insert
 from vllm_ouroboros.phrases.pool import PhrasePool
@@ -78,7 +78,7 @@ def fill(pool: PhrasePool, rows: Mapping[str, np.ndarray]) -> None:
     pool.arrays.inserted[:] = inserted
 
 
-@njit(cache=True)
+@compiled
 def _insert_all(pool, keys, lengths, sources, times, tokens):
     texts = tokens.ravel()
     for row in range(keys.shape[0]):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.compiling import compiled
 from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
 from vllm_ouroboros.phrases.eviction import claim
 
@@ -14,7 +14,7 @@ MAX_TIMES = 255
 _WINDOW = int(PhraseSource.WINDOW)
 
 
-@njit(cache=True)
+@compiled
 def insert(pool, scope, token, phrase, start, length, source, times, owner):
     """Put ``phrase[start:start+length]``, seen so many ``times``, among the phrases of ``token``.
 
@@ -78,7 +78,7 @@ def insert(pool, scope, token, phrase, start, length, source, times, owner):
     pool.inserted[source] += 1
 
 
-@njit(cache=True)
+@compiled
 def insert_text(pool, scope, text, fed, end, source, owner, contexts=1):
     """Feed ``text[:end]``, whose first ``fed`` tokens were fed before.
 
@@ -96,7 +96,7 @@ def insert_text(pool, scope, text, fed, end, source, owner, contexts=1):
                 insert(pool, scope, key, text, i + 1, length, source, times, owner)
 
 
-@njit(cache=True)
+@compiled
 def insert_texts(pool, scopes, owners, learns, fed, slots, texts, rows, ends, source, contexts):
     """`insert_text` for some requests: up to ``ends`` int64 [R] tokens of their rows of ``texts``.
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
+from vllm_ouroboros.phrases.compiling import compiled
 from vllm_ouroboros.trees.draft_tree import ROOT, DraftTree, child_of
 from vllm_ouroboros.trees.node_kinds import (
     NUM_EVIDENCES,
@@ -65,7 +65,7 @@ def rate(trials, accepted, prior):
     return (accepted + PRIOR_WEIGHT * prior) / (trials + PRIOR_WEIGHT)
 
 
-@njit(cache=True)
+@compiled
 def observe(tokens, parents, kinds, text, trials, accepted):
     """Count trials and accepted nodes of each kind, from one verified tree.
 
@@ -108,7 +108,7 @@ def observe(tokens, parents, kinds, text, trials, accepted):
     return tried, hits, expected
 
 
-@njit(cache=True)
+@compiled
 def missing_from_phrases(tokens, parents, kinds, text, first, phrase_rates):
     """Accepted nodes that a tree of phrases alone would not have had, as expected by its rates.
 

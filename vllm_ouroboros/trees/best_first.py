@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from vllm_ouroboros.phrases.compiling import compiled, compiled_inner
 from vllm_ouroboros.phrases.contexts import CONTEXTS
 from vllm_ouroboros.trees.candidates import (
     CHAIN,
@@ -65,7 +65,7 @@ class _Frontier(NamedTuple):
     columns: np.ndarray  # int32 [F, NUM_COLUMNS], see `candidates`
 
 
-@njit(cache=True)
+@compiled_inner
 def _push(
     frontier, pending, children, shares, draft_probs, count, parent, path_probability, rates,
     min_probability,
@@ -93,13 +93,14 @@ def _push(
         remaining -= probability
         draft_left -= max(0.0, draft_probs[best])
         frontier.probability[pending] = probability
-        frontier.columns[pending] = children[best]
+        for column in range(NUM_COLUMNS):  # element by element, see `insert`
+            frontier.columns[pending, column] = children[best, column]
         frontier.columns[pending, PARENT] = parent
         pending += 1
     return pending
 
 
-@njit(cache=True)
+@compiled
 def grow_best(
     req, pool, slots, rows, token_ids, rates, min_probability, stops, without_draft, ranked
 ):  # fmt: skip
@@ -166,7 +167,8 @@ def grow_best(
             taken = frontier.columns[best].copy()
             path_probability = frontier.probability[best]
             pending -= 1
-            frontier.columns[best] = frontier.columns[pending]
+            for column in range(NUM_COLUMNS):
+                frontier.columns[best, column] = frontier.columns[pending, column]
             frontier.probability[best] = frontier.probability[pending]
             if req.chain_only[s]:
                 pending = 0

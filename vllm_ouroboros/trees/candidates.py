@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.compiling import compiled_inner
 from vllm_ouroboros.phrases.contexts import CONTEXTS, key_of
 from vllm_ouroboros.phrases.eviction import find
 from vllm_ouroboros.trees.node_kinds import (
@@ -41,7 +41,7 @@ IN_PREDICTION = -2
 tokens that came as predicted."""
 
 
-@njit(cache=True)
+@compiled_inner
 def _add(children, count, token, grade_, evidence, slot, phrase, place):
     """Add a child, or what the pool says for one that is there; returns how many there are."""
     for i in range(count):
@@ -61,7 +61,7 @@ def _add(children, count, token, grade_, evidence, slot, phrase, place):
     return count + 1
 
 
-@njit(cache=True)
+@compiled_inner
 def _lead_on(req, s, child, flat):
     """Let the token at place ``flat`` of a request's ``following`` come after a candidate."""
     ranks, depth = req.following.shape[2:]
@@ -71,7 +71,7 @@ def _lead_on(req, s, child, flat):
     child[FOLLOWING] = flat + 1 if n + 1 < depth else -1
 
 
-@njit(cache=True)
+@compiled_inner
 def draft_candidates(req, s, chain_at, following, children, draft_probs):
     """The draft model's children of a node: the chain's token, then alternatives and branches.
 
@@ -116,7 +116,7 @@ def draft_candidates(req, s, chain_at, following, children, draft_probs):
     return count
 
 
-@njit(cache=True)
+@compiled_inner
 def pool_candidates(
     pool, scope, owner, context, default_grade, predicted, phrase_at, children, shares, count
 ):
@@ -172,7 +172,7 @@ def pool_candidates(
     return count
 
 
-@njit(cache=True)
+@compiled_inner
 def _blend_counts(pool, owner, slot, backoff, children, count, shares):
     """Smooth the counts of a slot, which stands for a longer context, with the ``shares`` so far.
 
@@ -201,7 +201,7 @@ def _blend_counts(pool, owner, slot, backoff, children, count, shares):
     return total > 0
 
 
-@njit(cache=True)
+@compiled_inner
 def context_of(tokens, parents, node, text, committed, tail):
     """Fill ``tail`` from its end with the tokens that lead to a node, it included.
 

@@ -12,7 +12,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from vllm_ouroboros.phrases.compiling import compiled
 
 ROOT = -1
 
@@ -52,7 +53,7 @@ class DraftTree(NamedTuple):
         return DraftTree(self.tokens[:size], self.parents[:size], self.sources[:size], kinds)
 
 
-@njit(cache=True)
+@compiled
 def child_of(tokens, parents, size, node, token):
     """The first child of a node (or ROOT) that carries ``token``, or -1."""
     for candidate in range(node + 1, size):
@@ -61,7 +62,7 @@ def child_of(tokens, parents, size, node, token):
     return -1
 
 
-@njit(cache=True)
+@compiled
 def grow(tokens, parents, sources, size, budget, parent, phrase, start, length, source):
     """Add a path below ``parent``, sharing the nodes that are already there.
 
@@ -83,7 +84,7 @@ def grow(tokens, parents, sources, size, budget, parent, phrase, start, length, 
     return size, node
 
 
-@njit(cache=True)
+@compiled
 def are_trees(tokens, parents, sizes, vocab_size):
     """Whether the first ``sizes`` int32 [R] of tokens and parents int32 [R, B] are trees of a
     model's tokens.
@@ -95,7 +96,7 @@ def are_trees(tokens, parents, sizes, vocab_size):
     return True
 
 
-@njit(cache=True)
+@compiled
 def walk(tokens, parents, size, predicted, path):
     """Follow the target through a tree; the rule of acceptance.
 
@@ -114,7 +115,7 @@ def walk(tokens, parents, size, predicted, path):
     return length
 
 
-@njit(cache=True)
+@compiled
 def ancestor_mask(row_parents, query_start_loc, mask):
     """Fill the attention mask of a step from the parent of each row.
 
@@ -148,7 +149,7 @@ def step_mask(row_parents, query_start_loc) -> np.ndarray:
     return mask
 
 
-@njit(cache=True)
+@compiled
 def depths(row_parents, query_start_loc, depth):
     """Depth int64 [T] of each row below the first row of its request; see `ancestor_mask`."""
     for r in range(query_start_loc.shape[0] - 1):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.compiling import compiled, compiled_inner
 from vllm_ouroboros.phrases.eviction import find
 from vllm_ouroboros.phrases.insertion import insert
 from vllm_ouroboros.trees.draft_tree import NodeSource, child_of
@@ -16,7 +16,7 @@ _SUFFIX = int(NodeSource.SUFFIX)
 _VERIFICATION = int(PhraseSource.VERIFICATION)
 
 
-@njit(cache=True)
+@compiled
 def learn_all(
     pool, scopes, owners, learns, slots, roots, sizes, tokens, parents, sources, predicted
 ):
@@ -47,7 +47,7 @@ def learn_all(
         first = end
 
 
-@njit(cache=True)
+@compiled_inner
 def learn(pool, scope, owner, root, tokens, parents, sources, size, predicted):
     """Turn a verified tree into phrases.
 
@@ -91,7 +91,7 @@ def learn(pool, scope, owner, root, tokens, parents, sources, size, predicted):
             _correct(pool, scope, owner, key, node, tokens, parents, size, predicted)
 
 
-@njit(cache=True)
+@compiled_inner
 def _correct(pool, scope, owner, key, start, tokens, parents, size, predicted):
     """Compare the phrases of ``key`` that the tree holds below ``start`` with the target."""
     slot = find(pool, scope, key)

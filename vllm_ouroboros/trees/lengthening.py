@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.compiling import compiled, compiled_inner
 from vllm_ouroboros.phrases.eviction import find
 from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, grow
 from vllm_ouroboros.trees.prediction import SURE_RUN, follow
@@ -16,7 +16,7 @@ _PREDICTION = int(NodeSource.PREDICTION)
 _WINDOW = int(PhraseSource.WINDOW)
 
 
-@njit(cache=True)
+@compiled_inner
 def _is_stop(token, stops):
     found = False
     for stop in stops:
@@ -24,7 +24,7 @@ def _is_stop(token, stops):
     return found
 
 
-@njit(cache=True)
+@compiled_inner
 def _phrase_end(pool, slot, g, stops):
     """Length of a phrase up to the token that ends the text, that one included."""
     for i in range(pool.lengths[slot, g]):
@@ -33,7 +33,7 @@ def _phrase_end(pool, slot, g, stops):
     return pool.lengths[slot, g]
 
 
-@njit(cache=True)
+@compiled_inner
 def _predicted_end(req, s, draft_tokens, stops):
     """Where a path along the prediction ends: with the text, or as long as a chain where the text
     has hardly followed it yet.
@@ -47,7 +47,7 @@ def _predicted_end(req, s, draft_tokens, stops):
     return last
 
 
-@njit(cache=True)
+@compiled_inner
 def _predict(req, s, size, limit, draft_tokens, stops):
     """Grow a tree of ``size`` nodes along the prediction; its new size, and the last node of it."""
     at = req.predicted_at[s]
@@ -58,7 +58,7 @@ def _predict(req, s, size, limit, draft_tokens, stops):
     )  # fmt: skip
 
 
-@njit(cache=True)
+@compiled
 def build_trees(req, pool, slots, rows, token_ids, draft_tokens, num_suffixes, stops):
     """Fill the trees: the chain with its branches, up to K suffixes at its end, phrases at the root
     with the rest. A request that is `chain_only` gets a chain: its own with the best suffix.

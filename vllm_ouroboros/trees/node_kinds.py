@@ -9,7 +9,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-from numba import njit
+
+from vllm_ouroboros.phrases.compiling import compiled
 
 GRADE_BOUNDS = np.array([0.06, 0.14, 0.28, 0.45, 0.62, 0.78, 0.92], np.float32)
 """Bounds between the draft model's grades: its probability of a token, given that the siblings
@@ -57,7 +58,7 @@ NUM_EVIDENCES = PREDICTION + 1
 NUM_KINDS = NUM_GRADES * NUM_EVIDENCES
 
 
-@njit(cache=True)
+@compiled
 def grade(probability):
     """Grade of a token by the draft model's probability."""
     found = 0
@@ -67,7 +68,7 @@ def grade(probability):
     return found
 
 
-@njit(cache=True)
+@compiled
 def kind_of(grade, evidence):
     """Kind of a node."""
     return grade * NUM_EVIDENCES + evidence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
+from vllm_ouroboros.phrases.compiling import compiled
 
 SURE_RUN = 3
 """Tokens in a row that came as predicted, from which on the next one is likely to."""
@@ -10,7 +10,7 @@ _REACH = 24
 """Tokens that are compared to find the place again."""
 
 
-@njit(cache=True)
+@compiled
 def follow(req, s, text, committed):
     """Find the place in a request's prediction that comes next behind ``text[:committed]``.
 

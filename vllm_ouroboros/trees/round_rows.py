@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from vllm_ouroboros.phrases.arrays import PhraseSource
+from vllm_ouroboros.phrases.compiling import compiled, compiled_inner
 from vllm_ouroboros.phrases.eviction import find
 from vllm_ouroboros.phrases.insertion import insert
 from vllm_ouroboros.trees.draft_tree import ROOT, NodeSource, grow, walk
@@ -64,7 +64,7 @@ class Round(NamedTuple):
         )
 
 
-@njit(cache=True)
+@compiled
 def plan_round(req, pool, slots, rows, token_ids, max_len, out):
     """Lay out the rows of a round in ``out``; returns T and M, see `Round`."""
     beta, columns = req.window.shape[1], out.columns
@@ -139,7 +139,7 @@ def plan_round(req, pool, slots, rows, token_ids, max_len, out):
     return total, wanted
 
 
-@njit(cache=True)
+@compiled
 def plan_branches(req, slots, out, which):
     """Lay out chains and their branches, to ask for the token after each branch; returns (T, M).
 
@@ -176,7 +176,7 @@ def plan_branches(req, slots, out, which):
     return row, wanted
 
 
-@njit(cache=True)
+@compiled_inner
 def _extend(req, s, token, row, stops):
     """Append one token to a chain; False when the chain takes no more."""
     if req.done[s]:
@@ -192,7 +192,7 @@ def _extend(req, s, token, row, stops):
     return True
 
 
-@njit(cache=True)
+@compiled
 def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
     """Extend the chains by the predictions of a round, and take phrases from the window.
 
@@ -231,7 +231,8 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
             else:
                 fresh[j] = predicted[tail - columns + j]
         if levels < beta:
-            req.window[s, levels] = fresh
+            for j in range(columns):
+                req.window[s, levels, j] = fresh[j]
             req.window_levels[s] = levels + 1
             continue
         for j in range(columns if req.learns[s] else 0):
@@ -240,6 +241,7 @@ def absorb_round(req, pool, slots, out, predicted, draft_tokens, stops):
             phrase[beta - 1] = fresh[j]
             key = out.tokens[current] if j == 0 else req.window[s, 0, j]
             insert(pool, req.scope[s], key, phrase, 0, beta, _WINDOW, 0, req.owner[s])
-        for level in range(beta - 1):
-            req.window[s, level] = req.window[s, level + 1]
-        req.window[s, beta - 1] = fresh
+        for j in range(columns):  # element by element, see `insert`
+            for level in range(beta - 1):
+                req.window[s, level, j] = req.window[s, level + 1, j]
+            req.window[s, beta - 1, j] = fresh[j]
