@@ -47,7 +47,7 @@ CASES = (
             "adaptive": False,
         },
         1,
-        7,  # drafts take long in the interpreter
+        5,  # drafts take long in the interpreter
         {"tree", "graphs", "padded", "replays", "walks"},
     ),
     Case(

@@ -10,7 +10,7 @@ NEAR_TIE = 0.07
 
 
 def test_differences_are_near_ties(ouroboros, prompts, vanilla, tools, record_property):
-    some = prompts[:24]
+    some = prompts[: 24 if tools.ALL_PROMPTS else 12]  # the CPU is slow at this type
     expected = vanilla(some, PARAMS, dtype="bfloat16")
     llm = ouroboros(dtype="bfloat16")
     with tools.Used(llm) as used:
