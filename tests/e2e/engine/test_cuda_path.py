@@ -65,7 +65,7 @@ CASES = (
         4,
         {"draft_model": str(PAIR / "head"), "draft_tokens": 3, "adaptive": False},
         2,
-        6,
+        5,
         {"tree", "replays", "walks"},
     ),
     Case(
